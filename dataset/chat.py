@@ -1,0 +1,246 @@
+"""Messages -> token ids and loss mask. The one renderer: training and chat both come through here.
+
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+    parts       <s>  <|user|>  Hi  <|end|>  <|assistant|>  Hello  <|end|>
+    ids           1         5   .        8              6      .        8      (. = pieces of plain text)
+    mask          0         0   0        0              0      1        1      1 = supervised
+
+The mask follows from how the text was built: each part knows whether the assistant wrote it. Nothing is searched for
+afterwards, and the text of a message can never become a control token, so a user who writes "<|assistant|>"
+supervises nothing.
+
+`dataset/tokenizer_6400/chat_template.jinja` says the same for Hugging Face; a test holds the two together.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from dataset.tokenizer import HFTokenizer, Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = dict[str, Any]
+
+
+class Rendered(NamedTuple):
+    """Token ids of a conversation and, for each, whether it is supervised."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+class Part(NamedTuple):
+    """A piece of a conversation: plain text, or the name of one control token."""
+
+    text: str
+    control: bool
+    supervised: bool
+
+
+def render_chat(
+    tokenizer: Tokenizer | HFTokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> Rendered:
+    """Ids and mask of a conversation; with `add_generation_prompt` it ends where the assistant is to speak.
+
+    Supervised: everything an assistant says, after <|assistant|> and up to its <|end|>, that one included. Up to
+    any assistant turn the ids are those of the shorter conversation with a generation prompt.
+
+    Raises ValueError for a message that cannot be rendered, naming its number and what was found.
+    """
+    if isinstance(tokenizer, HFTokenizer):
+        return _render_template(tokenizer, messages, add_generation_prompt)
+    rendered = Rendered([tokenizer.bos_id], [False])
+    for number, message in enumerate(messages):
+        for part in message_parts(message, f"message {number}"):
+            ids = [tokenizer.token_id(part.text)] if part.control else tokenizer.encode(part.text)
+            rendered.ids.extend(ids)
+            rendered.mask.extend([part.supervised] * len(ids))
+    if add_generation_prompt:
+        rendered.ids.append(tokenizer.token_id("<|assistant|>"))
+        rendered.mask.append(False)
+    return rendered
+
+
+def message_parts(message: Message, where: str = "message") -> list[Part]:
+    """The parts of one turn, in order.
+
+    {"role": "user", "content": "Hi"} -> <|user|>, Hi, <|end|>
+    """
+    role, content = _check(message, where)
+    said = role == "assistant"
+    body: list[tuple[str, str]] = []  # (control token that wraps the text or "", text)
+    if message.get("reasoning_content"):
+        body.append(("think", message["reasoning_content"]))
+    body.append(("", content))
+    tools = [("tools", _tools_text(message["tools"]))] if message.get("tools") else []
+    if role == "system":
+        body += tools
+    body += [("tool_call", _dump(call)) for call in parse_tool_calls(message.get("tool_calls"), where)]
+    parts = [Part(f"<|{role}|>", True, False), *_wrap(body, said), Part("<|end|>", True, said)]
+    if tools and role != "system":  # tools without a system message get an empty system turn
+        parts = [Part("<|system|>", True, False), *_wrap(tools, False), Part("<|end|>", True, False), *parts]
+    return parts
+
+
+def _wrap(body: list[tuple[str, str]], supervised: bool) -> Iterator[Part]:
+    for name, text in body:
+        if name:
+            yield Part(f"<{name}>", True, supervised)
+        yield Part(text, False, supervised)
+        if name:
+            yield Part(f"</{name}>", True, supervised)
+
+
+def _check(message: Message, where: str) -> tuple[str, str]:
+    """Role and content of a message. Raises ValueError for what the format has no place for."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{where}: found role {role!r}, expected one of {', '.join(ROLES)}")
+    extras = ("tools",) if role == "assistant" else ("tool_calls", "reasoning_content")
+    for key in extras:
+        if message.get(key):
+            raise ValueError(f"{where}: found {key} on a message of role {role}, which cannot carry it")
+    others = any(message.get(key) for key in ("tools", "tool_calls", "reasoning_content"))
+    for key, value in (("content", content), ("reasoning_content", message.get("reasoning_content"))):
+        needless = value is None and (others or key != "content")
+        if not (isinstance(value, str) or needless):
+            raise ValueError(f"{where}: found {key} of type {type(value).__name__}, expected a string")
+    return str(role), content or ""
+
+
+def parse_tool_calls(tool_calls: str | list[Any] | dict[str, Any] | None, where: str = "message") -> list[Message]:
+    """Separate calls {"name": ..., "arguments": {...}} from a list or a JSON string of them.
+
+    OpenAI's {"type": "function", "function": {...}} is unwrapped, arguments given as a JSON string are parsed.
+    Raises ValueError where something does not parse.
+    """
+    if not tool_calls:
+        return []
+    calls = _parse_json(tool_calls, f"{where}: tool_calls")
+    parsed = []
+    for call in [calls] if isinstance(calls, dict) else calls if isinstance(calls, list) else [calls]:
+        call = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(call, dict):
+            raise ValueError(f"{where}: found the tool call {call!r:.80}, expected an object with name and arguments")
+        if isinstance(call.get("arguments"), str):
+            call = {**call, "arguments": _parse_json(call["arguments"], f"{where}: arguments of a tool call")}
+        parsed.append(call)
+    return parsed
+
+
+def _parse_json(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: found {value[:80]!r}, expected JSON ({error})") from None
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _tools_text(tools: Any) -> str:
+    return tools if isinstance(tools, str) else _dump(tools)
+
+
+# Other models' templates ---------------------------------------------------------------------------------------
+
+FIRST_PLACEHOLDER = 0xF0000  # private-use characters, which no template contains
+
+
+class _Placeholders:
+    """Stands one private-use character in for each text, so that a template never sees what people wrote.
+
+    "<|im_end|> hi" of message 1 -> "\\U000f0000", and the rendered template says where that text belongs.
+    """
+
+    def __init__(self, control_names: list[str]) -> None:
+        self.texts: dict[str, tuple[str, int]] = {}  # placeholder -> (text, number of its message)
+        self._control_names = control_names
+
+    def hide(self, text: str, number: int) -> str:
+        """A placeholder for `text`; an empty text stays, since templates ask whether there is any."""
+        if not text:
+            return text
+        placeholder = chr(FIRST_PLACEHOLDER + len(self.texts))
+        self.texts[placeholder] = (text, number)
+        return placeholder
+
+    def hide_in_json(self, value: Any, number: int) -> Any:
+        """Hide those strings of a JSON value that could be taken for control tokens or placeholders."""
+        if isinstance(value, dict):
+            return {self.hide_in_json(k, number): self.hide_in_json(v, number) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.hide_in_json(item, number) for item in value]
+        if isinstance(value, str) and (
+            any(name in value for name in self._control_names) or any(ord(c) >= FIRST_PLACEHOLDER for c in value)
+        ):
+            return self.hide(_dump(value)[1:-1], number)
+        return value
+
+    def split(self, rendered: str) -> list[str]:
+        """[template text, placeholder, template text, ..., template text]"""
+        return re.split("([" + "".join(self.texts) + "])", rendered) if self.texts else [rendered]
+
+
+def _render_template(tokenizer: HFTokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
+    """Render with the folder's own template: its text may hold special tokens, the messages' texts may not."""
+    places = _Placeholders(tokenizer.control_names)
+    hidden, tools = _hide_messages(messages, places)
+    parts = places.split(tokenizer.apply_template(hidden, tools, add_generation_prompt))
+    header = tokenizer.generation_header
+    rendered = Rendered([], [])
+
+    def assistant_turn(i: int) -> int | None:
+        number = places.texts[parts[i]][1] if 0 <= i < len(parts) else 0
+        return number if messages and messages[number]["role"] == "assistant" and 0 <= i < len(parts) else None
+
+    def add(ids: list[int], supervised: int) -> None:
+        rendered.ids.extend(ids)
+        rendered.mask.extend(i < supervised for i in range(len(ids)))
+
+    for i, part in enumerate(parts):
+        if i % 2:
+            ids = tokenizer.encode(places.texts[part][0])
+            add(ids, len(ids) if assistant_turn(i) is not None else 0)
+            continue
+        before, after = assistant_turn(i - 1), assistant_turn(i + 1)
+        if before is not None and before == after:  # e.g. between reasoning and content
+            ids = tokenizer.encode_template(part)
+            add(ids, len(ids))
+            continue
+        # What stands between the assistant's header and its first text is the assistant's as well.
+        cut = part.rfind(header) + len(header) if after is not None and header and header in part else len(part)
+        ids = tokenizer.encode_template(part[:cut])
+        ends = [j + 1 for j, token_id in enumerate(ids) if token_id in tokenizer.stop_ids]
+        add(ids, ends[0] if before is not None and ends else 0)
+        ids = tokenizer.encode_template(part[cut:])
+        add(ids, len(ids))
+    return rendered
+
+
+def _hide_messages(messages: Sequence[Message], places: _Placeholders) -> tuple[list[Message], Any]:
+    """Messages in the form Hugging Face's templates expect, their texts hidden, and the tools."""
+    hidden: list[Message] = []
+    tools = None
+    for number, message in enumerate(messages):
+        where = f"message {number}"
+        role, content = _check(message, where)
+        turn: Message = {"role": role, "content": places.hide(content, number)}
+        if message.get("reasoning_content"):
+            turn["reasoning_content"] = places.hide(message["reasoning_content"], number)
+        if message.get("tools"):
+            tools = places.hide_in_json(_parse_json(message["tools"], f"{where}: tools"), number)
+        calls = []
+        for call in parse_tool_calls(message.get("tool_calls"), where):
+            call = places.hide_in_json(call, number)
+            # A call's name is always hidden: a turn that is only a call must be seen as the assistant's.
+            calls.append({"type": "function", "function": {**call, "name": places.hide(call.get("name", ""), number)}})
+        if calls:
+            turn["tool_calls"] = calls
+        hidden.append(turn)
+    return hidden, tools

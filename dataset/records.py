@@ -1,0 +1,244 @@
+"""Lines of JSONL files in, checked rows out; a bad line is named where it stands.
+
+    corpus.jsonl, line 3:  {"text": "Once upon"}   ->  Row(path="corpus.jsonl", line=3, value={"text": "Once upon"})
+    corpus.jsonl, line 4:  {"text": "Once           ->  DataError: corpus.jsonl:4: found broken JSON (...), expected ...
+
+Files are UTF-8, with or without a byte order mark, lines ending in LF or CRLF, plain or compressed (.gz, .zst).
+Lines are split at LF alone and decoded one by one, so that a broken line never hides the next.
+"""
+
+import glob
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import zstandard
+
+Stage = Literal["pretrain", "full_sft", "dpo"]
+STAGES: tuple[Stage, ...] = ("pretrain", "full_sft", "dpo")
+ROLES = ("system", "user", "assistant", "tool")
+EXPECTED = {
+    "pretrain": '{"text": "..."}',
+    "full_sft": '{"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+    "dpo": '{"chosen": [messages...], "rejected": [messages...]}',
+}
+SCRIPT = {"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py", "dpo": "train_dpo.py"}
+
+
+class DataError(ValueError):
+    """A row or a file that cannot be used; the message starts with `path:line:`."""
+
+
+@dataclass
+class Row:
+    """One checked row. SFT rows have their messages under "conversations", whichever of the two names the file used."""
+
+    path: str
+    line: int
+    value: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+def expand_paths(patterns: str | Path | Iterable[str | Path]) -> list[str]:
+    """Files and globs -> existing files; a glob's files sorted, no file twice. Raises FileNotFoundError for an empty match."""
+    patterns = [patterns] if isinstance(patterns, (str, Path)) else list(patterns)
+    if not patterns:
+        raise FileNotFoundError("no data file was given; give one with --data_path")
+    paths: list[str] = []
+    for pattern in map(str, patterns):
+        if Path(pattern).is_dir():
+            raise FileNotFoundError(
+                f"{pattern} is a folder; give its files, for example --data_path '{pattern}/*.jsonl'"
+            )
+        found = (
+            [pattern]
+            if Path(pattern).is_file()
+            else sorted(filter(lambda p: Path(p).is_file(), glob.glob(pattern, recursive=True)))
+        )
+        if not found:
+            raise FileNotFoundError(f"{pattern}: no such file (and no file matches it as a glob); check --data_path")
+        paths += [path for path in found if path not in paths]
+    return paths
+
+
+def open_binary(path: str) -> io.BufferedIOBase:
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.endswith(".zst"):
+        # frames may follow one another, as `cat a.zst b.zst` makes them
+        return io.BufferedReader(
+            zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
+        )
+    return open(path, "rb")
+
+
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes without line end); a file that cannot be decompressed is named with its line."""
+    number = 0
+    try:
+        with open_binary(path) as file:
+            for raw in file:
+                number += 1
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                yield number, raw.rstrip(b"\r\n")
+    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise DataError(
+            f"{path}:{number + 1}: found damaged compressed data ({error}), expected a whole file; fetch or compress it again"
+        ) from None
+
+
+def read_rows(
+    paths: Iterable[str], stage: Stage, on_bad_row: Literal["stop", "skip"] = "stop", bad_rows: list[str] | None = None
+) -> Iterator[Row]:
+    """Checked rows of all files, in order. Blank lines are no rows.
+
+    A bad row raises DataError, or with on_bad_row "skip" its message is appended to `bad_rows`. A file with no row at
+    all raises DataError in either case.
+    """
+    for path in paths:
+        rows = 0
+        for number, raw in read_lines(path):
+            if not raw.strip():
+                continue
+            rows += 1
+            try:
+                yield Row(path, number, parse_row(raw, stage))
+            except ValueError as error:
+                message = f"{path}:{number}: {error}"
+                if on_bad_row == "stop":
+                    raise DataError(message) from None
+                if bad_rows is not None:
+                    bad_rows.append(message)
+        if rows == 0:
+            raise DataError(f"{path}:1: found an empty file, expected rows like {EXPECTED[stage]}")
+
+
+def parse_row(raw: bytes, stage: Stage) -> dict[str, Any]:
+    """One line's bytes -> checked row. Raises ValueError saying what was found and what was expected."""
+    expected = f"expected {EXPECTED[stage]}"
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"found bytes that are not UTF-8 (byte {error.start + 1} of the line, 0x{raw[error.start]:02x}), expected UTF-8 text; convert the file"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"found JSON nested too deeply to read, {expected}") from None
+    except json.JSONDecodeError as error:
+        hint = "; the line is cut short" if error.pos >= len(raw.decode("utf-8").rstrip()) else ""
+        raise ValueError(
+            f"found broken JSON ({error.msg} at character {error.colno} of {shorten(raw)}){hint}, {expected}"
+        ) from None
+    if not isinstance(row, dict):
+        hint = " (a whole JSON array in one file? write one object a line)" if isinstance(row, list) else ""
+        raise ValueError(f"found {kind(row)}, {expected}{hint}")
+    if "messages" in row and "conversations" not in row:
+        row["conversations"] = row.pop("messages")
+    check_keys(row, stage)
+    if stage == "pretrain":
+        check_text(row["text"], "text")
+    elif stage == "full_sft":
+        check_messages(row["conversations"], "conversations")
+    else:
+        check_pair(row)
+    return row
+
+
+def check_keys(row: dict[str, Any], stage: Stage) -> None:
+    keys = {"pretrain": {"text"}, "full_sft": {"conversations"}, "dpo": {"chosen", "rejected"}}
+    if keys[stage] <= row.keys():
+        return
+    found = f"found the keys {', '.join(map(repr, row)) or '(none)'}"
+    for other in STAGES:
+        if keys[other] <= row.keys():
+            raise ValueError(f"{found}: a row for {SCRIPT[other]}, expected {EXPECTED[stage]} for {SCRIPT[stage]}")
+    raise ValueError(f"{found}, expected {EXPECTED[stage]}")
+
+
+def check_text(text: Any, name: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"found {kind(text)} as {name}, expected a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"found half a surrogate pair ({text[error.start]!r}) in {name}, expected whole characters"
+        ) from None
+
+
+def check_messages(messages: Any, name: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            f"found {kind(messages) if messages != [] else 'an empty list'} as {name}, expected a list of messages"
+        )
+    for i, message in enumerate(messages):
+        where = f"{name}[{i}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            found = repr(message.get("role")) if isinstance(message, dict) else kind(message)
+            raise ValueError(f"found {found} as the role of {where}, expected one of {', '.join(ROLES)}")
+        if message.get("content") is None and message.get("tool_calls"):
+            message["content"] = ""
+        check_text(message.get("content"), f"{where}.content")
+        if message.get("reasoning_content") is not None:
+            check_text(message["reasoning_content"], f"{where}.reasoning_content")
+        for key in ("tools", "tool_calls"):
+            check_json_list(message.get(key), f"{where}.{key}")
+
+
+def check_json_list(value: Any, name: str) -> None:
+    """None, an empty string, a list, or a string of JSON that holds a list (or one object)."""
+    if value is None or value == "" or isinstance(value, list):
+        return
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(
+            f"found {shorten(value)} as {name}, which is not JSON ({error}); expected a JSON list"
+        ) from None
+    if not isinstance(value, str) or not isinstance(parsed, (list, dict)):
+        raise ValueError(f"found {kind(parsed)} as {name}, expected a JSON list, or a string that holds one")
+    check_text(value, name)
+
+
+def check_pair(row: dict[str, Any]) -> None:
+    for side in ("chosen", "rejected"):
+        check_messages(row[side], side)
+        if row[side][-1]["role"] != "assistant":
+            raise ValueError(f"found a last message of role {row[side][-1]['role']!r} in {side}, expected 'assistant'")
+    chosen, rejected = row["chosen"][:-1], row["rejected"][:-1]
+    if chosen != rejected:
+        turn = next(
+            (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+            min(len(chosen), len(rejected)),
+        )
+        raise ValueError(
+            f"found different prompts in chosen and rejected (first difference in message {turn}), expected one shared prompt and different last turns"
+        )
+    if not chosen:
+        raise ValueError("found no message before the answers, expected a prompt")
+
+
+def kind(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null (or nothing)",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def shorten(value: bytes | str, limit: int = 60) -> str:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return repr(text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}")

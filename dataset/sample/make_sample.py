@@ -1,0 +1,741 @@
+"""The sample data: a small valley told in English and Chinese, in which every seventh combination is kept out of training.
+
+What flows through: fixed word tables and one seeded random generator -> six JSONL files. One drawn combination
+(three, red, fox, river) becomes, say, one line of `sft.jsonl`:
+
+    {"conversations": [{"role": "user", "content": "Translate into Chinese: three red foxes by the river"},
+                       {"role": "assistant", "content": "河边的三只红色的狐狸"}]}
+
+Six families of questions, each in both languages, are answered by a rule and not by a memory:
+
+    translate   phrase -> phrase in the other language       kept out: (colour, animal) pairs
+    opposite    "The old fox is sad." -> "The young fox is happy."      (kind of adjective, animal) pairs
+    compare     which of two animals is heavier                         pairs of animals, two or more places apart in weight
+    who         who has the drum, told three or four lines before       (person, thing) pairs
+    row         what stands after the drum in a row of four             (thing, next thing) pairs
+    pick        which of four things is a fruit                         (thing, next thing) pairs
+
+A kept-out combination is written nowhere in `pretrain.jsonl`, `sft.jsonl` or `dpo.jsonl`, in either language, while each of
+its words is there in other combinations. `questions.jsonl` asks about kept-out combinations alone.
+
+The preference pairs are about manner: open prompts ("Tell me about the red fox.") are answered in SFT as often with a warm
+closing as with a curt one, of one length; in a pair the warm one is chosen. `dpo_heldout.jsonl` asks about the kept-out
+(colour, animal) pairs.
+
+    python dataset/sample/make_sample.py [--out_dir dataset/sample]
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+SEED = 20240229
+LANGUAGES = ("en", "zh")
+Texts = dict[str, tuple[str, str]]  # language -> (question, answer)
+
+
+class Word(NamedTuple):
+    en: str
+    zh: str
+
+
+class Animal(NamedTuple):
+    en: str
+    zh: str
+    plural: str
+    measure: str  # the Chinese measure word
+
+
+# From the lightest to the heaviest: the order is the rule of the family "compare".
+ANIMALS = (
+    Animal("mouse", "老鼠", "mice", "只"),
+    Animal("frog", "青蛙", "frogs", "只"),
+    Animal("snake", "蛇", "snakes", "条"),
+    Animal("duck", "鸭子", "ducks", "只"),
+    Animal("rabbit", "兔子", "rabbits", "只"),
+    Animal("cat", "猫", "cats", "只"),
+    Animal("fox", "狐狸", "foxes", "只"),
+    Animal("dog", "狗", "dogs", "条"),
+    Animal("goat", "山羊", "goats", "只"),
+    Animal("wolf", "狼", "wolves", "匹"),
+    Animal("pig", "猪", "pigs", "头"),
+    Animal("bear", "熊", "bears", "头"),
+    Animal("horse", "马", "horses", "匹"),
+    Animal("elephant", "大象", "elephants", "头"),
+)
+COLOURS = tuple(
+    Word(*pair)
+    for pair in (
+        ("red", "红色"),
+        ("blue", "蓝色"),
+        ("green", "绿色"),
+        ("yellow", "黄色"),
+        ("white", "白色"),
+        ("black", "黑色"),
+        ("grey", "灰色"),
+        ("brown", "棕色"),
+    )
+)
+NUMBERS = tuple(
+    Word(*pair)
+    for pair in (
+        ("one", "一"),
+        ("two", "两"),
+        ("three", "三"),
+        ("four", "四"),
+        ("five", "五"),
+        ("six", "六"),
+        ("seven", "七"),
+        ("eight", "八"),
+        ("nine", "九"),
+    )
+)
+PLACES = tuple(
+    Word(*pair)
+    for pair in (
+        ("by the river", "河边"),
+        ("in the forest", "森林里"),
+        ("on the hill", "山上"),
+        ("in the garden", "花园里"),
+        ("at the market", "集市上"),
+        ("under the bridge", "桥下"),
+        ("in the field", "田里"),
+        ("by the lake", "湖边"),
+    )
+)
+# (word, its opposite) before the noun, and after "is".
+KINDS = (
+    (Word("big", "高大"), Word("small", "矮小")),
+    (Word("young", "年轻"), Word("old", "年老")),
+    (Word("brave", "勇敢"), Word("shy", "胆小")),
+    (Word("quiet", "安静"), Word("noisy", "吵闹")),
+    (Word("busy", "勤快"), Word("lazy", "懒惰")),
+    (Word("clever", "聪明"), Word("foolish", "糊涂")),
+)
+STATES = (
+    (Word("happy", "高兴"), Word("sad", "难过")),
+    (Word("hungry", "饿"), Word("full", "饱")),
+    (Word("warm", "暖和"), Word("cold", "冷")),
+    (Word("clean", "干净"), Word("dirty", "脏")),
+    (Word("fast", "快"), Word("slow", "慢")),
+    (Word("rich", "富"), Word("poor", "穷")),
+)
+CATEGORIES = (Word("a toy", "玩具"), Word("a fruit", "水果"), Word("a tool", "工具"), Word("a garment", "衣物"))
+# Six things of each category, in the order of CATEGORIES.
+THINGS = tuple(
+    Word(*pair)
+    for pair in (
+        ("kite", "风筝"),
+        ("drum", "小鼓"),
+        ("ball", "皮球"),
+        ("doll", "布偶"),
+        ("bell", "铃铛"),
+        ("whistle", "哨子"),
+        ("apple", "苹果"),
+        ("pear", "梨子"),
+        ("peach", "桃子"),
+        ("plum", "李子"),
+        ("grape", "葡萄"),
+        ("lemon", "柠檬"),
+        ("hammer", "锤子"),
+        ("saw", "锯子"),
+        ("spade", "铲子"),
+        ("rope", "绳子"),
+        ("broom", "扫帚"),
+        ("axe", "斧头"),
+        ("hat", "帽子"),
+        ("scarf", "围巾"),
+        ("coat", "外套"),
+        ("sock", "袜子"),
+        ("glove", "手套"),
+        ("boot", "靴子"),
+    )
+)
+PEOPLE = tuple(
+    Word(*pair)
+    for pair in (
+        ("Mia", "小明"),
+        ("Tom", "小红"),
+        ("Lily", "小兰"),
+        ("Ben", "小军"),
+        ("Anna", "小雨"),
+        ("Leo", "小雪"),
+        ("Nora", "小刚"),
+        ("Sam", "小美"),
+        ("Ruby", "小林"),
+        ("Max", "小云"),
+    )
+)
+FOODS = tuple(
+    Word(*pair)
+    for pair in (
+        ("berries", "浆果"),
+        ("bread", "面包"),
+        ("honey", "蜂蜜"),
+        ("noodles", "面条"),
+        ("rice", "米饭"),
+        ("soup", "热汤"),
+        ("nuts", "坚果"),
+        ("cheese", "奶酪"),
+    )
+)
+HABITS = (
+    Word("It sings in the morning.", "它早上爱唱歌。"),
+    Word("It sleeps at noon.", "它中午爱睡觉。"),
+    Word("It dances in the rain.", "它下雨时爱跳舞。"),
+    Word("It counts the stars at night.", "它夜里爱数星星。"),
+    Word("It tells stories by the fire.", "它爱在火边讲故事。"),
+    Word("It walks to the mill on Sundays.", "它星期天爱去磨坊散步。"),
+)
+# Closings of one length in both manners, so that length tells nothing.
+WARM = (
+    Word("Come and meet it with me some day!", "有空和我一起去看它吧！"),
+    Word("I am so glad that you asked me!", "你来问我，我真高兴！"),
+    Word("I hope you will love it as I do!", "希望你也喜欢它呀！"),
+    Word("Ask me more, my dear friend!", "亲爱的朋友，再多问问吧！"),
+)
+CURT = (
+    Word("There is nothing more to say here.", "没有别的什么可以说了。"),
+    Word("That is all you need to know now.", "你知道这些就足够了。"),
+    Word("Go and look it up on your own.", "其余的自己去查好了。"),
+    Word("Do not ask me any more of it.", "不要再拿这个来问我了。"),
+)
+
+# ---- what is kept out: about every seventh combination -------------------------------------------------------------
+
+
+def kept_out_colour(colour: int, animal: int) -> bool:
+    return (animal + 3 * colour) % 7 == 0
+
+
+def kept_out_kind(kind: int, animal: int) -> bool:
+    return (animal + 2 * kind) % 7 == 3
+
+
+def kept_out_weights(first: int, second: int) -> bool:
+    """Neighbours in weight are always told: without them no rule would give their order."""
+    low, high = sorted((first, second))
+    return high - low >= 2 and (low + 2 * high) % 6 == 0
+
+
+def kept_out_owner(person: int, thing: int) -> bool:
+    return (2 * person + thing) % 7 == 0
+
+
+def kept_out_next(thing: int, following: int) -> bool:
+    return (5 * thing + 3 * following) % 7 == 0
+
+
+def pairs(rows: int, columns: int, kept_out: Callable[[int, int], bool], wanted: bool) -> list[tuple[int, int]]:
+    """All (row, column), row != column where both index one table, that are (`wanted`) or are not kept out."""
+    return [(i, j) for i in range(rows) for j in range(columns) if kept_out(i, j) == wanted]
+
+
+def draw_colour(rng: random.Random, held_out: bool) -> tuple[int, int]:
+    return rng.choice(pairs(len(COLOURS), len(ANIMALS), kept_out_colour, held_out))
+
+
+def draw_kind(rng: random.Random, held_out: bool) -> tuple[int, int]:
+    return rng.choice(pairs(len(KINDS), len(ANIMALS), kept_out_kind, held_out))
+
+
+def draw_weights(rng: random.Random, held_out: bool) -> tuple[int, int]:
+    """Two different animals, in either order."""
+    both = pairs(len(ANIMALS), len(ANIMALS), kept_out_weights, held_out)
+    return rng.choice([(i, j) for i, j in both if i != j])
+
+
+def draw_owners(rng: random.Random, held_out: bool) -> tuple[list[tuple[int, int]], int]:
+    """Three or four (person, thing), no person or thing twice, and which one is asked about.
+
+    Held out: the one asked about is a kept-out pair, the others are pairs of training.
+    """
+    while True:
+        count = rng.choice((3, 4))
+        owners = list(zip(rng.sample(range(len(PEOPLE)), count), rng.sample(range(len(THINGS)), count), strict=True))
+        asked = rng.randrange(count)
+        if all(kept_out_owner(*pair) == (held_out and i == asked) for i, pair in enumerate(owners)):
+            return owners, asked
+
+
+def draw_row(rng: random.Random, held_out: bool) -> tuple[list[int], int]:
+    """Four different things and a position 0..2: the pair (position, position + 1) is asked about."""
+    while True:
+        row = rng.sample(range(len(THINGS)), 4)
+        asked = rng.randrange(3)
+        if all(kept_out_next(row[i], row[i + 1]) == (held_out and i == asked) for i in range(3)):
+            return row, asked
+
+
+# ---- the six families: one drawn combination, told in both languages -------------------------------------------------
+
+
+def phrase(number: int, colour: int, animal: int, place: int) -> Word:
+    """(2, 0, 6, 0) -> "three red foxes by the river", "河边的三只红色的狐狸"."""
+    beast = ANIMALS[animal]
+    noun = beast.en if number == 0 else beast.plural
+    return Word(
+        f"{NUMBERS[number].en} {COLOURS[colour].en} {noun} {PLACES[place].en}",
+        f"{PLACES[place].zh}的{NUMBERS[number].zh}{beast.measure}{COLOURS[colour].zh}的{beast.zh}",
+    )
+
+
+def draw_phrase(rng: random.Random, held_out: bool) -> Word:
+    return phrase(rng.randrange(len(NUMBERS)), *draw_colour(rng, held_out), rng.randrange(len(PLACES)))
+
+
+def ask_translate(rng: random.Random, held_out: bool) -> Texts:
+    en, zh = draw_phrase(rng, held_out)
+    ask_en = rng.choice(("Translate into Chinese: {}", "How do you say this in Chinese: {}"))
+    ask_zh = rng.choice(("翻译成英文：{}", "用英文怎么说：{}"))
+    return {"en": (ask_en.format(en), zh), "zh": (ask_zh.format(zh), en)}
+
+
+def tell_state(kind: Word, animal: Animal, state: Word) -> Word:
+    return Word(f"The {kind.en} {animal.en} is {state.en}.", f"{kind.zh}的{animal.zh}很{state.zh}。")
+
+
+def draw_opposite(rng: random.Random, held_out: bool) -> tuple[Word, Word]:
+    kind, animal = draw_kind(rng, held_out)
+    state, kind_side, state_side = rng.randrange(len(STATES)), rng.randrange(2), rng.randrange(2)
+    said = tell_state(KINDS[kind][kind_side], ANIMALS[animal], STATES[state][state_side])
+    turned = tell_state(KINDS[kind][1 - kind_side], ANIMALS[animal], STATES[state][1 - state_side])
+    return said, turned
+
+
+def ask_opposite(rng: random.Random, held_out: bool) -> Texts:
+    said, turned = draw_opposite(rng, held_out)
+    ask_en = rng.choice(("Say the opposite: {}", "Turn it round: {}"))
+    ask_zh = rng.choice(("说反话：{}", "反过来说：{}"))
+    return {"en": (ask_en.format(said.en), turned.en), "zh": (ask_zh.format(said.zh), turned.zh)}
+
+
+def ask_compare(rng: random.Random, held_out: bool) -> Texts:
+    first, second = draw_weights(rng, held_out)
+    heavier = rng.random() < 0.5
+    winner = ANIMALS[max(first, second) if heavier else min(first, second)]
+    one, two = ANIMALS[first], ANIMALS[second]
+    word = Word("heavier", "更重") if heavier else Word("lighter", "更轻")
+    return {
+        "en": (f"Which is {word.en}, the {one.en} or the {two.en}?", f"The {winner.en} is {word.en}."),
+        "zh": (f"{one.zh}和{two.zh}，哪个{word.zh}？", f"{winner.zh}{word.zh}。"),
+    }
+
+
+def tell_owner(person: int, thing: int) -> Word:
+    return Word(f"{PEOPLE[person].en} has the {THINGS[thing].en}.", f"{PEOPLE[person].zh}有{THINGS[thing].zh}。")
+
+
+def ask_who(rng: random.Random, held_out: bool) -> Texts:
+    owners, asked = draw_owners(rng, held_out)
+    told = [tell_owner(*pair) for pair in owners]
+    thing = THINGS[owners[asked][1]]
+    return {
+        "en": (" ".join(line.en for line in told) + f" Who has the {thing.en}?", told[asked].en),
+        "zh": ("".join(line.zh for line in told) + f"谁有{thing.zh}？", told[asked].zh),
+    }
+
+
+def tell_row(row: Iterable[int]) -> Word:
+    things = [THINGS[thing] for thing in row]
+    return Word(", ".join(thing.en for thing in things), "、".join(thing.zh for thing in things))
+
+
+def tell_next(thing: int, following: int, after: bool) -> Word:
+    """after: what follows `thing`; otherwise what stands before `following`."""
+    one, two = THINGS[thing], THINGS[following]
+    if after:
+        return Word(f"After the {one.en} comes the {two.en}.", f"{one.zh}的后面是{two.zh}。")
+    return Word(f"Before the {two.en} comes the {one.en}.", f"{two.zh}的前面是{one.zh}。")
+
+
+def ask_row(rng: random.Random, held_out: bool) -> Texts:
+    row, asked = draw_row(rng, held_out)
+    after = rng.random() < 0.5
+    known = THINGS[row[asked] if after else row[asked + 1]]
+    told, answer = tell_row(row), tell_next(row[asked], row[asked + 1], after)
+    side = Word("after", "后") if after else Word("before", "前")
+    return {
+        "en": (f"In a row stand: {told.en}. What comes {side.en} the {known.en}?", answer.en),
+        "zh": (f"排成一排：{told.zh}。{known.zh}的{side.zh}面是什么？", answer.zh),
+    }
+
+
+def category_of(thing: int) -> int:
+    return thing // (len(THINGS) // len(CATEGORIES))
+
+
+def tell_category(thing: int) -> Word:
+    kind = CATEGORIES[category_of(thing)]
+    return Word(f"The {THINGS[thing].en} is {kind.en}.", f"{THINGS[thing].zh}是{kind.zh}。")
+
+
+def draw_pick(rng: random.Random, held_out: bool) -> tuple[list[int], int]:
+    """Four things and the position of the one that is alone in its category (part of the kept-out pair, if held out)."""
+    while True:
+        row, asked = draw_row(rng, held_out)
+        position = asked + rng.randrange(2)
+        kinds = [category_of(thing) for thing in row]
+        if kinds.count(kinds[position]) == 1:
+            return row, position
+
+
+def ask_pick(rng: random.Random, held_out: bool) -> Texts:
+    row, position = draw_pick(rng, held_out)
+    told, kind, answer = tell_row(row), CATEGORIES[category_of(row[position])], tell_category(row[position])
+    return {
+        "en": (f"Which one is {kind.en}: {told.en}?", answer.en),
+        "zh": (f"哪一个是{kind.zh}：{told.zh}？", answer.zh),
+    }
+
+
+FAMILIES: dict[str, Callable[[random.Random, bool], Texts]] = {
+    "translate": ask_translate,
+    "opposite": ask_opposite,
+    "compare": ask_compare,
+    "who": ask_who,
+    "row": ask_row,
+    "pick": ask_pick,
+}
+
+# ---- the facts of the valley and open prompts ------------------------------------------------------------------------
+
+
+def home(animal: int) -> Word:
+    return PLACES[(3 * animal + 1) % len(PLACES)]
+
+
+def food(animal: int) -> Word:
+    return FOODS[(5 * animal + 2) % len(FOODS)]
+
+
+def friend(animal: int) -> Animal:
+    return ANIMALS[(animal + 5) % len(ANIMALS)]
+
+
+def ask_facts(animal: int) -> list[Texts]:
+    beast = ANIMALS[animal]
+    where, eats, pal = home(animal), food(animal), friend(animal)
+    return [
+        {
+            "en": (f"Where does the {beast.en} live?", f"The {beast.en} lives {where.en}."),
+            "zh": (f"{beast.zh}住在哪里？", f"{beast.zh}住在{where.zh}。"),
+        },
+        {
+            "en": (f"What does the {beast.en} eat?", f"The {beast.en} eats {eats.en}."),
+            "zh": (f"{beast.zh}吃什么？", f"{beast.zh}吃{eats.zh}。"),
+        },
+        {
+            "en": (f"Who is the friend of the {beast.en}?", f"The friend of the {beast.en} is the {pal.en}."),
+            "zh": (f"{beast.zh}的朋友是谁？", f"{beast.zh}的朋友是{pal.zh}。"),
+        },
+    ]
+
+
+def portrait(rng: random.Random, colour: int, animal: int) -> Word:
+    """Two or three sentences about one animal, the closing not included.
+
+    Some sentences are drawn much more often than others, and their number varies: two portraits of one animal differ by
+    several nats under any model. Otherwise the faintest leaning to one manner would decide every pair in the same way.
+    """
+    beast = ANIMALS[animal]
+    opening = rng.choice(
+        (
+            Word(f"The {COLOURS[colour].en} {beast.en} lives", f"{COLOURS[colour].zh}的{beast.zh}住在"),
+            Word(f"The {COLOURS[colour].en} {beast.en} has a house", f"{COLOURS[colour].zh}的{beast.zh}的家在"),
+        )
+    )
+    first = Word(f"{opening.en} {home(animal).en}.", f"{opening.zh}{home(animal).zh}。")
+    more = [
+        Word(f"It eats {food(animal).en}.", f"它吃{food(animal).zh}。"),
+        Word(f"Its friend is the {friend(animal).en}.", f"它的朋友是{friend(animal).zh}。"),
+        *HABITS,
+    ]
+    weights = [2.0**-i for i in range(len(more))]
+    count = rng.choice((1, 1, 2))
+    chosen: list[int] = []
+    while len(chosen) < count:
+        drawn = rng.choices(range(len(more)), weights)[0]
+        if drawn not in chosen:
+            chosen.append(drawn)
+    lines = [first, *(more[i] for i in chosen)]
+    return Word(" ".join(line.en for line in lines), "".join(line.zh for line in lines))
+
+
+def describe(rng: random.Random, colour: int, animal: int, closing: Word) -> Word:
+    body = portrait(rng, colour, animal)
+    return Word(f"{body.en} {closing.en}", f"{body.zh}{closing.zh}")
+
+
+def ask_describe(rng: random.Random, colour: int, animal: int) -> Word:
+    en, zh = f"{COLOURS[colour].en} {ANIMALS[animal].en}", f"{COLOURS[colour].zh}的{ANIMALS[animal].zh}"
+    return Word(
+        rng.choice(("Tell me about the {}.", "What is the {} like?", "Describe the {}.")).format(en),
+        rng.choice(("介绍一下{}。", "{}是什么样的？", "说说{}。")).format(zh),
+    )
+
+
+SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("Hello!", "Hello", "Hi", "Hi!", "Good morning!"),
+        "Hello! I am Seedling. What would you like to know about the valley?",
+    ),
+    (("你好！", "你好", "您好", "早上好！", "嗨"), "你好！我是小苗。你想知道山谷里的什么事？"),
+    (
+        ("Who are you?", "What is your name?", "Who made you?", "Are you a person?", "What are you?"),
+        "I am Seedling, a small language model. I was trained on this computer.",
+    ),
+    (
+        ("你是谁？", "你叫什么名字？", "谁训练了你？", "你是人吗？", "你是什么？"),
+        "我是小苗，一个很小的语言模型。我是在这台电脑上训练出来的。",
+    ),
+    (
+        ("What can you do?", "How can you help me?", "What do you know?", "Help", "What should I ask you?"),
+        "I can translate, compare, turn a sentence round, and tell you who has what. "
+        "Ask me: Which is heavier, the fox or the dog?",
+    ),
+    (
+        ("你会做什么？", "你能帮我什么？", "你知道什么？", "帮助", "我该问你什么？"),
+        "我会翻译、比较、说反话，还会告诉你谁有什么。问我：狐狸和狗，哪个更重？",
+    ),
+    (("Thank you!", "Thanks", "Thank you very much.", "Well done!"), "You are welcome! Ask me another one."),
+    (("谢谢！", "谢谢你", "多谢。", "真棒！"), "不客气！再问我一个吧。"),
+    (("Goodbye!", "Bye", "See you tomorrow.", "Good night."), "Goodbye! Come back to the valley soon."),
+    (("再见！", "拜拜", "明天见。", "晚安。"), "再见！早点回山谷来玩。"),
+    (
+        ("Where is the valley?", "Tell me about the valley.", "Who lives in the valley?"),
+        "The valley lies between the hill and the lake. Fourteen kinds of animals live there.",
+    ),
+    (
+        ("山谷在哪里？", "介绍一下山谷。", "山谷里住着谁？"),
+        "山谷在小山和湖的中间，那里住着十四种动物。",
+    ),
+)
+SYSTEMS = (
+    Word("You are Seedling, a guide to the valley.", "你是小苗，山谷的向导。"),
+    Word("Be brief and correct.", "回答要简短、正确。"),
+)
+REPLY_IN = {"en": ("Reply in English.", "请用英文回答。"), "zh": ("Reply in Chinese.", "请用中文回答。")}
+
+# ---- pretraining text ------------------------------------------------------------------------------------------------
+
+
+def page_captions(rng: random.Random, language: str) -> str:
+    """Lines of a picture book, each in both languages."""
+    lines = []
+    for _ in range(rng.randint(4, 6)):
+        en, zh = draw_phrase(rng, False)
+        lines.append(f"{en} = {zh}" if language == "en" else f"{zh} = {en}")
+    return "\n".join([rng.choice(("A picture book", "Pictures")) if language == "en" else "图画书", *lines])
+
+
+def page_words(rng: random.Random, language: str) -> str:
+    tables = [COLOURS, NUMBERS, PLACES, THINGS, FOODS, tuple(Word(a.en, a.zh) for a in ANIMALS)]
+    table = list(rng.choice(tables))
+    rng.shuffle(table)
+    lines = [f"{w.en} = {w.zh}" if language == "en" else f"{w.zh} = {w.en}" for w in table[:8]]
+    return "\n".join(lines)
+
+
+def page_opposites(rng: random.Random, language: str) -> str:
+    lines = []
+    for _ in range(rng.randint(3, 5)):
+        said, turned = draw_opposite(rng, False)
+        joined = Word(f"{said.en} But {turned.en[0].lower()}{turned.en[1:]}", f"{said.zh[:-1]}，可是{turned.zh}")
+        lines.append(getattr(joined, language))
+    return "\n".join(lines)
+
+
+def tell_weights(rng: random.Random) -> Word:
+    first, second = draw_weights(rng, False)
+    one, two = ANIMALS[first], ANIMALS[second]
+    word = Word("heavier", "重") if first > second else Word("lighter", "轻")
+    return Word(f"The {one.en} is {word.en} than the {two.en}.", f"{one.zh}比{two.zh}{word.zh}。")
+
+
+def page_weights(rng: random.Random, language: str) -> str:
+    lines = [getattr(tell_weights(rng), language) for _ in range(rng.randint(5, 8))]
+    head = {"en": "At the scales of the mill.", "zh": "在磨坊的秤上。"}[language]
+    return (" " if language == "en" else "").join([head, *lines])
+
+
+def page_owners(rng: random.Random, language: str) -> str:
+    owners, _ = draw_owners(rng, False)
+    told = [tell_owner(*pair) for pair in owners]
+    parts = [getattr(line, language) for line in told]
+    for i in rng.sample(range(len(owners)), len(owners)):
+        thing = THINGS[owners[i][1]]
+        parts.append(f"Who has the {thing.en}?" if language == "en" else f"谁有{thing.zh}？")
+        parts.append(getattr(told[i], language))
+    return (" " if language == "en" else "").join(parts)
+
+
+def page_rows(rng: random.Random, language: str) -> str:
+    row, _ = draw_row(rng, False)
+    told = tell_row(row)
+    parts = [f"In a row stand: {told.en}." if language == "en" else f"排成一排：{told.zh}。"]
+    for i in rng.sample(range(3), 3):
+        parts.append(getattr(tell_next(row[i], row[i + 1], rng.random() < 0.5), language))
+    parts.extend(getattr(tell_category(thing), language) for thing in rng.sample(row, 2))
+    return (" " if language == "en" else "").join(parts)
+
+
+def page_story(rng: random.Random, language: str) -> str:
+    """A walk through the valley: portraits, a meeting, what somebody carries, who is heavier."""
+    colour, animal = draw_colour(rng, False)
+    kind, other = draw_kind(rng, False)
+    owners, asked = draw_owners(rng, False)
+    person, thing = PEOPLE[owners[asked][0]], THINGS[owners[asked][1]]
+    place = rng.choice(PLACES)
+    state = tell_state(rng.choice(KINDS[kind]), ANIMALS[other], rng.choice(rng.choice(STATES)))
+    said = phrase(rng.randrange(len(NUMBERS)), *draw_colour(rng, False), rng.randrange(len(PLACES)))
+    parts = [
+        Word(f"One day {person.en} walked through Seedling Valley.", f"有一天，{person.zh}走过小苗山谷。"),
+        portrait(rng, colour, animal),
+        rng.choice((tell_weights(rng), state, tell_owner(*owners[asked]))),
+        Word(f"There were {said.en}.", f"看，{said.zh}。"),
+        Word(
+            f"{person.en} found the {thing.en} {place.en} and went home.",
+            f"{person.zh}在{place.zh}找到了{thing.zh}，就回家了。",
+        ),
+    ]
+    return (" " if language == "en" else "").join(getattr(part, language) for part in parts)
+
+
+PAGES: tuple[tuple[Callable[[random.Random, str], str], int], ...] = (
+    (page_captions, 30),
+    (page_words, 5),
+    (page_opposites, 20),
+    (page_weights, 20),
+    (page_owners, 35),
+    (page_rows, 40),
+    (page_story, 20),
+)
+
+# ---- the six files ---------------------------------------------------------------------------------------------------
+
+
+def distinct(make: Callable[[], str], count: int, seen: set[str]) -> list[str]:
+    """`count` texts of `make` that are not in `seen`, which grows by them."""
+    texts: list[str] = []
+    while len(texts) < count:
+        text = make()
+        if text not in seen:
+            seen.add(text)
+            texts.append(text)
+    return texts
+
+
+def make_pretrain(rng: random.Random, count: int, seen: set[str]) -> list[dict]:
+    makers, weights = zip(*PAGES, strict=True)
+
+    def page() -> str:
+        return rng.choices(makers, weights)[0](rng, rng.choice(LANGUAGES))
+
+    return [{"text": text} for text in distinct(page, count, seen)]
+
+
+def turns(*texts: str, system: str | None = None) -> list[dict]:
+    """("hi", "hello") -> a user turn and an assistant turn, after a system turn if there is one."""
+    roles = ("user", "assistant")
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return head + [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def make_questions(rng: random.Random, count: int, held_out: bool) -> list[list[dict]]:
+    """`count` different questions of every family and language."""
+    rows: list[list[dict]] = []
+    for ask in FAMILIES.values():
+        for language in LANGUAGES:
+            found: dict[str, str] = {}
+            while len(found) < count:
+                question, answer = ask(rng, held_out)[language]
+                found[question] = answer
+            rows.extend(turns(question, answer) for question, answer in found.items())
+    return rows
+
+
+def make_descriptions(rng: random.Random, rounds: int) -> list[list[dict]]:
+    """Every training (colour, animal) in both languages, `rounds` times in each manner."""
+    rows = []
+    for colour, animal in pairs(len(COLOURS), len(ANIMALS), kept_out_colour, False):
+        for language in LANGUAGES:
+            for closings in (WARM, CURT) * rounds:
+                answer = describe(rng, colour, animal, rng.choice(closings))
+                question = ask_describe(rng, colour, animal)
+                rows.append(turns(getattr(question, language), getattr(answer, language)))
+    return rows
+
+
+def make_talk(rng: random.Random, rounds: int) -> list[list[dict]]:
+    """Facts, small talk, conversations of several turns, and system prompts that name the language of the reply."""
+    facts = [texts[language] for a in range(len(ANIMALS)) for texts in ask_facts(a) for language in LANGUAGES]
+    talk = [(question, answer) for questions, answer in SMALL_TALK for question in questions]
+    rows = [turns(*pair) for pair in (facts + talk) * 2]
+    for _ in range(rounds):
+        language = rng.choice(LANGUAGES)
+        other = "zh" if language == "en" else "en"
+        ask = rng.choice(list(FAMILIES.values()))
+        one, two = ask(rng, False), rng.choice(list(FAMILIES.values()))(rng, False)
+        rows.append(turns(*rng.choice(talk), *one[language]))
+        rows.append(turns(*one[language], *two[language]))
+        rows.append(turns(*two[language], system=getattr(rng.choice(SYSTEMS), language)))
+        fact = rng.choice(ask_facts(rng.randrange(len(ANIMALS))))
+        rows.append(turns(fact[language][0], fact[other][1], system=rng.choice(REPLY_IN[other])))
+    return rows
+
+
+def make_preferences(rng: random.Random, rounds: int, held_out: bool) -> list[dict]:
+    """Pairs (warm chosen, curt rejected) about every (colour, animal) that is, or is not, kept out; bodies are independent."""
+    rows, seen = [], set()
+    for colour, animal in pairs(len(COLOURS), len(ANIMALS), kept_out_colour, held_out):
+        for language in LANGUAGES:
+            for _ in range(rounds):
+                question = getattr(ask_describe(rng, colour, animal), language)
+                warm = getattr(describe(rng, colour, animal, rng.choice(WARM)), language)
+                curt = getattr(describe(rng, colour, animal, rng.choice(CURT)), language)
+                if (question, warm, curt) not in seen:
+                    seen.add((question, warm, curt))
+                    rows.append({"chosen": turns(question, warm), "rejected": turns(question, curt)})
+    return rows
+
+
+def make_sample() -> dict[str, list[dict]]:
+    """File name -> its rows. Each file has its own generator, so that a change to one leaves the others as they are."""
+    seen: set[str] = set()
+
+    def rng(name: str) -> random.Random:
+        return random.Random(f"{SEED} {name}")
+
+    files = {
+        "pretrain.jsonl": make_pretrain(rng("pretrain"), 4200, seen),
+        "pretrain_heldout.jsonl": make_pretrain(rng("pretrain_heldout"), 200, seen),
+    }
+    draw = rng("sft")
+    conversations = make_questions(draw, 270, False) + make_descriptions(draw, 2) + make_talk(draw, 120)
+    draw.shuffle(conversations)
+    files["sft.jsonl"] = [{"conversations": turns_} for turns_ in conversations]
+    questions = make_questions(rng("questions"), 40, True)
+    files["questions.jsonl"] = [{"conversations": turns_} for turns_ in questions]
+    files["dpo.jsonl"] = make_preferences(rng("dpo"), 4, False)
+    random.Random(f"{SEED} order").shuffle(files["dpo.jsonl"])
+    files["dpo_heldout.jsonl"] = make_preferences(rng("dpo_heldout"), 8, True)
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the six sample files; the same bytes on every run.")
+    parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent)
+    out_dir = parser.parse_args().out_dir
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, rows in make_sample().items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (out_dir / name).write_bytes("".join(lines).encode("utf-8"))
+        print(f"{out_dir / name}: {len(rows)} rows, {(out_dir / name).stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""Text <-> token ids: the shipped SentencePiece tokenizer, and any other Hugging Face tokenizer behind the same door.
+
+What flows through, with the shipped 6,400-piece model:
+
+    encode("Hello 世界")      -> [1301, 284, 270, 5117, 4987]     plain text, no <s> or </s> added (numbers for show)
+    encode("<|end|>")         -> several ordinary pieces: text can never become a control token
+    decode([5, 1301, 8])      -> "Hel"                             control tokens are left out
+    decode(..., skip_control=False) -> "<|user|>Hel<|end|>"
+
+Every string without lone surrogates comes back exactly: what has no piece of its own is spelt in byte tokens
+(<0x00> .. <0xFF>). The control tokens stand at the first ids, then the 256 bytes, then the pieces.
+"""
+
+import codecs
+import hashlib
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+DEFAULT_TOKENIZER = Path(__file__).parent / "tokenizer_6400"
+
+CONTROL_TOKENS = (
+    "<unk>", "<s>", "</s>", "<pad>",
+    "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>",
+    "<think>", "</think>", "<tools>", "</tools>", "<tool_call>", "</tool_call>",
+)  # fmt: skip
+"""Control tokens in id order: <unk> is 0, <s> is 1, and so on."""
+
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+"""What a tokenizer folder may hold; `save` copies those that are there."""
+
+SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character inside its pieces
+SPACE_MARK_BYTES = [len(CONTROL_TOKENS) + byte for byte in SPACE_MARK.encode()]
+
+
+class Tokenizer:
+    """The project's own tokenizer: a SentencePiece BPE model with byte fallback.
+
+    >>> tokenizer = Tokenizer(DEFAULT_TOKENIZER)
+    >>> tokenizer.decode(tokenizer.encode("  两个  spaces\\r\\n"))
+    '  两个  spaces\\r\\n'
+    """
+
+    bos_id = CONTROL_TOKENS.index("<s>")
+    eos_id = CONTROL_TOKENS.index("</s>")
+    pad_id = CONTROL_TOKENS.index("<pad>")
+    end_of_turn_id = CONTROL_TOKENS.index("<|end|>")
+    stop_ids = (eos_id, end_of_turn_id)
+    control_ids = frozenset(range(len(CONTROL_TOKENS)))
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises ValueError when `folder` holds no tokenizer.model, or one that is not this project's."""
+        self.folder = Path(folder)
+        self._model = _read_model(self.folder / "tokenizer.model")
+        self.vocab_size: int = self._model.get_piece_size()
+        self._bytes = [_bytes_of_piece(self._model.id_to_piece(i), i) for i in range(self.vocab_size)]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. Raises ValueError for a lone surrogate, which no UTF-8 text can hold."""
+        _check_encodable(text)
+        if SPACE_MARK not in text:
+            return self._model.encode(text)
+        # A literal U+2581 would come back as a space, so it is spelt in its three bytes.
+        ids: list[int] = []
+        for i, part in enumerate(text.split(SPACE_MARK)):
+            ids += SPACE_MARK_BYTES * (i > 0) + self._model.encode(part)
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text (one thread: `datasets.map` already spreads the work over processes)."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: list[int], skip_control: bool = True) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range."""
+        return b"".join(self._id_bytes(i, skip_control) for i in ids).decode("utf-8", errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        """One token for display: a control token or a lone byte by its name, anything else as its text."""
+        piece = self._model.id_to_piece(token_id)
+        return piece if self._model.is_byte(token_id) else piece.replace(SPACE_MARK, " ")
+
+    def stream_decoder(self, skip_control: bool = True) -> "StreamDecoder":
+        """A decoder for one answer that arrives id by id."""
+        return StreamDecoder(self, skip_control)
+
+    def token_id(self, control_token: str) -> int:
+        """Id of a control token given by name, e.g. "<|user|>" -> 5."""
+        return CONTROL_TOKENS.index(control_token)
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 (vocab_size,): UTF-8 bytes each token stands for, 0 for control tokens."""
+        return np.array([len(piece) for piece in self._bytes], dtype=np.int32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the model and the chat template: equal fingerprints give equal ids."""
+        return _hash_files(self.folder, ("tokenizer.model", "chat_template.jinja"))
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files into a model folder."""
+        _copy_files(self.folder, Path(folder))
+
+    def _id_bytes(self, token_id: int, skip_control: bool) -> bytes:
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(f"token id {token_id} is outside the vocabulary: expected 0 to {self.vocab_size - 1}")
+        if token_id in self.control_ids:
+            return b"" if skip_control else CONTROL_TOKENS[token_id].encode()
+        return self._bytes[token_id]
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, holding back a character whose bytes are not all there yet.
+
+    The three bytes of "世" as three byte tokens: push -> "", "", "世".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_control: bool) -> None:
+        self._tokenizer, self._skip_control = tokenizer, skip_control
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes ("" while a character is incomplete)."""
+        return self._utf8.decode(self._tokenizer._id_bytes(token_id, self._skip_control))
+
+    def flush(self) -> str:
+        """What was held back at the end: U+FFFD for an unfinished character, else ""."""
+        return self._utf8.decode(b"", final=True)
+
+
+class HFTokenizer:
+    """Any Hugging Face tokenizer folder (Llama 3, Qwen3, ...) with the interface of `Tokenizer`.
+
+    Chat goes through the folder's own template; see `dataset.chat`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers import AutoTokenizer  # seconds to import; only foreign folders need it
+
+        self.folder = Path(folder)
+        self.hf = AutoTokenizer.from_pretrained(str(self.folder))
+        self.vocab_size = len(self.hf)
+        special = {i: token.content for i, token in self.hf.added_tokens_decoder.items() if token.special}
+        self.control_ids = frozenset(special)
+        self.control_names = list(special.values())
+        self.bos_id: int | None = self.hf.bos_token_id
+        ends = self._read_end_ids()
+        self.eos_id = ends[0]
+        self.end_of_turn_id = self._find_end_of_turn()
+        self.stop_ids = tuple(dict.fromkeys((*ends, self.end_of_turn_id)))
+        self.pad_id = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: a special token's name in it stays text, and no <s> is added."""
+        _check_encodable(text)
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of a chat template's own text, in which special tokens' names are special tokens."""
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=False)
+
+    def apply_template(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
+        """The folder's chat template applied to messages. Raises ValueError when it has none."""
+        if self.hf.chat_template is None:
+            raise ValueError(f"{self.folder}: this tokenizer has no chat template; add a chat_template.jinja for chat")
+        return self.hf.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+
+    @cached_property
+    def generation_header(self) -> str:
+        """What the template writes to let the assistant speak, e.g. "<|im_start|>assistant\\n"."""
+        probe = [{"role": "user", "content": "x"}]
+        asked, plain = self.apply_template(probe, None, True), self.apply_template(probe, None, False)
+        return asked.removeprefix(plain) if asked.startswith(plain) else ""
+
+    def decode(self, ids: list[int], skip_control: bool = True) -> str:
+        """Text of ids."""
+        return self.hf.decode(ids, skip_special_tokens=skip_control, clean_up_tokenization_spaces=False)
+
+    def token_text(self, token_id: int) -> str:
+        """One token for display."""
+        return self.decode([token_id], skip_control=False)
+
+    def stream_decoder(self, skip_control: bool = True) -> "HFStreamDecoder":
+        """A decoder for one answer that arrives id by id."""
+        return HFStreamDecoder(self, skip_control)
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 (vocab_size,): UTF-8 bytes each token stands for, 0 for special tokens."""
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.hf.backend_tokenizer.to_str())["decoder"])
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for i, piece in enumerate(self.hf.convert_ids_to_tokens(range(self.vocab_size))):
+            if i not in self.control_ids and piece is not None:
+                # In a byte-level vocabulary every character of a piece stands for one byte.
+                sizes[i] = len(piece) if byte_level else len(_bytes_of_piece(piece, len(CONTROL_TOKENS)))
+        return sizes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the folder's tokenizer files: equal fingerprints give equal ids."""
+        return _hash_files(self.folder, TOKENIZER_FILES)
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files into a model folder."""
+        _copy_files(self.folder, Path(folder))
+
+    def _read_end_ids(self) -> list[int]:
+        """The tokenizer's eos, then whatever the generation config names as the end."""
+        path = self.folder / "generation_config.json"
+        named: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        named = [named] if isinstance(named, int) else (named or [])
+        own = [] if self.hf.eos_token_id is None else [self.hf.eos_token_id]
+        if not own + named:
+            raise ValueError(f"{self.folder}: found no eos token, expected one in tokenizer_config.json")
+        return own + named
+
+    def _find_end_of_turn(self) -> int:
+        """The first special token the template writes after an assistant's text; base models' eos is another one."""
+        if self.hf.chat_template is None:
+            return self.eos_id
+        marker = "\U000f0000"
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
+        after = self.apply_template(messages, None, False).partition(marker)[2]
+        return next((i for i in self.encode_template(after) if i in self.control_ids), self.eos_id)
+
+
+class HFStreamDecoder:
+    """`StreamDecoder` for a Hugging Face tokenizer: decodes what is pending until it ends in a whole character."""
+
+    def __init__(self, tokenizer: HFTokenizer, skip_control: bool) -> None:
+        self._tokenizer, self._skip_control = tokenizer, skip_control
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes ("" while a character is incomplete)."""
+        self._pending.append(token_id)
+        text = self._tokenizer.decode(self._pending, self._skip_control)
+        return "" if text.endswith("\ufffd") else self._take(text)
+
+    def flush(self) -> str:
+        """What was held back at the end."""
+        return self._take(self._tokenizer.decode(self._pending, self._skip_control))
+
+    def _take(self, text: str) -> str:
+        self._pending = []
+        return text
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer | HFTokenizer:
+    """The tokenizer of a model folder: this project's own, or any Hugging Face one.
+
+    Raises ValueError when the folder holds neither.
+    """
+    folder = Path(folder)
+    if _is_ours(folder / "tokenizer.model"):
+        return Tokenizer(folder)
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return HFTokenizer(folder)
+    found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+    raise ValueError(f"{folder}: found {found}, expected a folder with tokenizer.model or tokenizer.json")
+
+
+def _read_model(path: Path) -> sentencepiece.SentencePieceProcessor:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a tokenizer folder such as {DEFAULT_TOKENIZER}")
+    if not _is_ours(path):
+        raise ValueError(
+            f"{path}: not this project's tokenizer, expected the pieces {' '.join(CONTROL_TOKENS)} and then 256 "
+            "bytes; open other models' folders with load_tokenizer, or make one with scripts/train_tokenizer.py"
+        )
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError:  # not a SentencePiece file at all
+        return False
+    first = [*CONTROL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    return [model.id_to_piece(i) for i in range(min(len(first), model.get_piece_size()))] == first
+
+
+def _bytes_of_piece(piece: str, token_id: int) -> bytes:
+    """UTF-8 bytes of a piece: "▁the" -> b" the", "<0xE4>" -> b"\\xe4", a control token -> b""."""
+    if token_id < len(CONTROL_TOKENS):
+        return b""
+    if len(piece) == 6 and piece.startswith("<0x"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE_MARK, " ").encode()
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 10) : error.start + 10]
+        raise ValueError(
+            f"text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start} ({around!r}), "
+            "expected valid Unicode; repair or drop this text"
+        ) from None
+
+
+def _hash_files(folder: Path, names: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        if (folder / name).exists():
+            digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists() and source.resolve() != target.resolve():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,125 @@
+"""The shape of a network, and its translation to and from a Hugging Face `config.json`.
+
+    GPTConfig(dim=512, n_layers=8)                     25.830 M parameters with the shipped 6,400-piece vocabulary
+    GPTConfig(dim=512, n_layers=8).to_hf()             {"model_type": "llama", "hidden_size": 512, ...}
+    GPTConfig.from_hf(json.load(open("config.json")))  the same object again
+
+`qk_norm` decides the family: with it the network is a Qwen3, without it a Llama.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def default_ffn_dim(dim: int) -> int:
+    """SwiGLU width: two thirds of 4 * dim (Shazeer 2020, arXiv:2002.05202), rounded up to a multiple of 64."""
+    return 64 * math.ceil(8 * dim // 3 / 64)
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a decoder-only network. Raises ValueError for sizes that do not fit together."""
+
+    vocab_size: int = 6400
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int = 2
+    head_dim: int | None = None  # dim / n_heads where not given
+    ffn_dim: int | None = None  # default_ffn_dim(dim) where not given
+    max_seq_len: int = 512
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    qk_norm: bool = False
+    dropout: float = 0.0
+    rope_scaling: dict[str, Any] | None = None  # Hugging Face's keys; types "linear" and "llama3"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise ValueError(
+                    f"dim {self.dim} is not a multiple of n_heads {self.n_heads}; change one, or give head_dim"
+                )
+            self.head_dim = self.dim // self.n_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs, so it must be even")
+        if self.ffn_dim is None:
+            self.ffn_dim = default_ffn_dim(self.dim)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+        rope_type = (self.rope_scaling or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of config.json: a Llama, or a Qwen3 where qk_norm is set."""
+        family = "qwen3" if self.qk_norm else "llama"
+        rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
+        return {
+            "architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
+            "model_type": family,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.dim,
+            "intermediate_size": self.ffn_dim,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_seq_len,
+            "rms_norm_eps": self.norm_eps,
+            # transformers 5 reads rope_parameters; 4.x, vLLM and llama.cpp read the two older keys
+            "rope_parameters": rope,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": self.rope_scaling,
+            "tie_word_embeddings": self.tie_embeddings,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mlp_bias": False,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "dtype": "float32",
+            "torch_dtype": "float32",
+        }
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> "GPTConfig":
+        """Read config.json of a Llama- or Qwen3-family folder. Raises ValueError for anything else."""
+        family = hf.get("model_type")
+        if family not in ("llama", "qwen3"):
+            raise ValueError(f"model_type is {family!r}; only 'llama' and 'qwen3' folders can be opened")
+        for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+            if hf.get(key):
+                raise ValueError(f"config.json sets {key}; networks with it are not supported")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"config.json sets hidden_act {hf['hidden_act']!r}; only 'silu' is supported")
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+        n_heads = hf["num_attention_heads"]
+        # where these are left out, the value is the family's default in transformers, not a guess from the others
+        qwen3 = family == "qwen3"
+        return cls(
+            vocab_size=hf["vocab_size"],
+            dim=hf["hidden_size"],
+            n_layers=hf["num_hidden_layers"],
+            n_heads=n_heads,
+            n_kv_heads=hf.get("num_key_value_heads") or n_heads,
+            head_dim=hf.get("head_dim") or (128 if qwen3 else None),
+            ffn_dim=hf["intermediate_size"],
+            max_seq_len=hf.get("max_position_embeddings", 2048),
+            rope_theta=float(theta),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tie_embeddings=hf.get("tie_word_embeddings", False),
+            qk_norm=qwen3,
+            rope_scaling=None if rope["rope_type"] == "default" else rope,
+        )

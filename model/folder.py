@@ -1,0 +1,119 @@
+"""A network to and from a Hugging Face model folder: config.json, model.safetensors, generation_config.json.
+
+    save_pretrained(model, "out/pretrain_512")            AutoModelForCausalLM.from_pretrained opens it, no custom code
+    load_pretrained("out/pretrain_512")                   a GPT in eval mode; also opens Llama and Qwen3 folders
+
+Weights are read from safetensors only (a pickle can run code), and every key must be there in its shape.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import GPTConfig
+from model.gpt import GPT
+
+
+def save_pretrained(
+    model: GPT,
+    folder: str | Path,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> None:
+    """Write config, weights (float32 as they are trained) and generation settings; each file appears whole or not at all.
+
+    `weights` are full tensors by parameter name, for a model that does not hold them itself (a sharded one).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    tokens = {key: value for key, value in tokens.items() if value is not None}
+    write_json(folder / "config.json", model.config.to_hf() | tokens)
+    write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.7, "top_p": 0.9} | tokens)
+    weights = model.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    part = folder / "model.safetensors.part"
+    save_file(weights, part, metadata={"format": "pt"})
+    os.replace(part, folder / "model.safetensors")
+
+
+def write_json(path: Path, content: dict) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def load_config(folder: str | Path) -> GPTConfig:
+    """Read config.json. Raises FileNotFoundError where there is none, ValueError where it is not ours to open."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json here, so this is not a model folder")
+    try:
+        return GPTConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except KeyError as missing:
+        raise ValueError(f"{path}: the key {missing} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+    """Open a model folder, in eval mode.
+
+    Raises FileNotFoundError where a file is missing and ValueError, listing the keys, where the weights are not
+    exactly those of config.json.
+    """
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = read_weights(Path(folder))
+    check_weights(model, weights, folder)
+    model.load_state_dict({name: weights[name].to(device, dtype) for name in model.state_dict()}, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing; weights are read from safetensors files only")
+        try:
+            weights |= load_file(folder / name)
+        except Exception as error:  # safetensors raises its own class for a file that is cut or no safetensors
+            raise ValueError(f"{folder / name} cannot be read: {error}") from None
+    # old exports carry the rotary table, which is computed here
+    return {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def check_weights(model: GPT, weights: dict[str, Tensor], folder: str | Path) -> None:
+    """Raise ValueError unless the weights are exactly the model's. A tied head stored twice (equal) is let pass."""
+    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    if model.lm_head is None and head is not None and embedding is not None and torch.equal(head, embedding):
+        del weights["lm_head.weight"]
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    problems = [f"missing: {name} {wanted[name]}" for name in wanted if name not in found]
+    problems += [f"not in this model: {name} {found[name]}" for name in found if name not in wanted]
+    problems += [
+        f"shape of {name}: found {found[name]}, expected {wanted[name]}"
+        for name in wanted
+        if name in found and found[name] != wanted[name]
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
+        raise ValueError(f"{folder}: the weights do not fit config.json ({len(problems)} keys):\n  {shown}")

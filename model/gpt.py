@@ -1,0 +1,284 @@
+"""A decoder-only transformer of the Llama family: token ids in, logits or per-token losses out.
+
+    ids       [[1, 71, 905, 2, 1, 88]]        two documents packed into one row
+    positions [[0,  1,   2, 3, 0,  1]]        a document starts wherever the position is 0
+    logits    (1, 6, 6400)
+
+RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), rotary positions (Su et al. 2021, arXiv:2104.09864), grouped-query
+attention (Ainslie et al. 2023, arXiv:2305.13245), SwiGLU (Shazeer 2020, arXiv:2002.05202), and optionally Qwen3's
+RMSNorm on queries and keys. Parameters carry Hugging Face's names and rotary layout, so saving is no conversion.
+The one tensor `position_ids` tells everything about packing: attention never looks across a position 0, which makes
+padding (single-token documents of position 0) and left-padded generation nothing special.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import GPTConfig
+
+IGNORE = -100  # a label that is not learnt
+LOSS_CHUNK = 2048  # tokens whose logits are held at a time: 2048 x 6400 float32 are 52 MB
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32 whatever x is."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
+    """Angle a position turns each pair of channels by, radians: (head_dim / 2,)."""
+    assert config.head_dim is not None
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    inv_freq = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        return inv_freq / scaling["factor"]
+    if scaling.get("rope_type") == "llama3":
+        # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those between blended
+        original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = original * inv_freq / (2 * math.pi)  # whole turns within the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * inv_freq + (1 - kept) * inv_freq / factor
+    return inv_freq
+
+
+def rotary(position_ids: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, float32, each (batch, 1, sequence, head_dim)."""
+    angles = position_ids[:, None, :, None].float() * rope_frequencies(config, position_ids.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn (batch, heads, sequence, head_dim); channel i is paired with i + head_dim / 2 (Hugging Face's layout)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, each (layers, batch, kv_heads, max_len, head_dim)."""
+
+    def __init__(self, config: GPTConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
+        assert config.head_dim is not None
+        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.documents = torch.zeros((batch, max_len), device=device, dtype=torch.long)
+        self.length = 0
+
+    def mask(self, position_ids: Tensor) -> Tensor:
+        """Take in the new tokens' positions; which cached and new tokens each may see: (batch, 1, new, seen + new)."""
+        start, end = self.length, self.length + position_ids.shape[1]
+        before = self.documents[:, start - 1 : start] if start else 0
+        self.documents[:, start:end] = before + (position_ids == 0).cumsum(-1)
+        self.length = end
+        return document_mask(self.documents[:, start:end], self.documents[:, :end])
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this layer's new keys and values, (batch, kv_heads, new, head_dim); all of them come back."""
+        start = self.length - k.shape[2]
+        self.keys[layer, :, :, start : self.length] = k
+        self.values[layer, :, :, start : self.length] = v
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+
+def document_mask(query_documents: Tensor, key_documents: Tensor) -> Tensor:
+    """Same document and not later: (batch, queries), (batch, keys) -> bool (batch, 1, queries, keys).
+
+    The queries are the last of the keys.
+    """
+    queries, keys = query_documents.shape[1], key_documents.shape[1]
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=query_documents.device).tril(keys - queries)
+    return ((query_documents[:, :, None] == key_documents[:, None, :]) & causal)[:, None]
+
+
+@dataclass
+class Context:
+    """What every layer needs beside the hidden states; computed once a forward pass."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None  # None: plain causal attention
+    cache: KVCache | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        assert config.head_dim is not None
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        batch, sequence, _ = x.shape
+        # the number of heads is read off the projections, so that a tensor-parallel slice of them works unchanged
+        q, k, v = (proj(x).view(batch, sequence, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k = apply_rotary(q, context.cos, context.sin), apply_rotary(k, context.cos, context.sin)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=context.mask, is_causal=context.mask is None,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=True,
+        )  # fmt: skip
+        return self.o_proj(out.transpose(1, 2).reshape(batch, sequence, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        assert config.ffn_dim is not None
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), context))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: token ids -> hidden states (batch, sequence, dim)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.grad_checkpointing = False
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+        context = self.context(input_ids, position_ids, cache)
+        x = self.embed_tokens(input_ids)
+        for block in self.layers:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
+        return self.norm(x)
+
+    def context(self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> Context:
+        mask = None
+        if position_ids is None:
+            start = cache.length if cache is not None else 0
+            position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
+            position_ids = position_ids.expand_as(input_ids)
+        elif cache is None:
+            documents = (position_ids == 0).cumsum(-1)
+            mask = document_mask(documents, documents)
+        if cache is not None:
+            mask = cache.mask(position_ids)
+        return Context(*rotary(position_ids, self.config), mask, cache)
+
+
+class GPT(nn.Module):
+    """The whole network. Fresh weights come from torch's global generator: seed it for repeatable ones."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        # tied: the embedding is the head, and there is no second name for it anywhere, files included
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, 0.02), the two matrices that write into the residual stream scaled by 1/sqrt(2 layers) (GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocabulary, dim)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (batch, sequence, vocabulary); or, with labels, the losses of the single tokens.
+
+        Args:
+            input_ids: (batch, sequence).
+            position_ids: (batch, sequence); a document starts wherever it is 0, and attention stays within a
+                document. None: each row is one document.
+            labels: (batch, sequence), already shifted (labels[i] is the token after input_ids[i]), -100 where
+                nothing is to be learnt. The result is then -log p(label), nats, float32 (batch, sequence), 0 at
+                ignored places; the logits are made and dropped LOSS_CHUNK tokens at a time.
+            cache: earlier tokens' keys and values; input_ids are the tokens after them.
+        """
+        hidden = self.model(input_ids, position_ids, cache)
+        if labels is None:
+            return F.linear(hidden, self.head_weight)
+        return chunked_nll(hidden, self.head_weight, labels)
+
+
+def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(hidden weight^T)[label], float32: (tokens, dim), (vocabulary, dim), (tokens,) -> (tokens,)."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=IGNORE, reduction="none")
+
+
+def chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """token_nll over (batch, sequence), a chunk at a time, each chunk's logits recomputed in the backward pass."""
+    flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
+    losses = [
+        checkpoint(token_nll, h, weight, y, use_reentrant=False) if torch.is_grad_enabled() else token_nll(h, weight, y)
+        for h, y in zip(flat.split(LOSS_CHUNK), flat_labels.split(LOSS_CHUNK), strict=True)
+    ]
+    return torch.cat(losses).view_as(labels)

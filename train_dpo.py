@@ -1,0 +1,37 @@
+"""Tune a chat model towards preferred answers with direct preference optimization.
+
+python train_dpo.py                                                 starts from out/full_sft_512
+torchrun --nproc_per_node 2 train_dpo.py --n_layers 16 --dim 768 --batch_size 4 --use_wandb
+"""
+
+from training import DPO, DPOConfig, build_engine, train
+from training.setup import fill_reference, load_data, run_identity, run_stage, start_machine, starting_model
+
+
+def main(config: DPOConfig) -> None:
+    # 1. Processes, device, precision
+    machine = start_machine(config)
+
+    # 2. Tokenizer and model: those of the fine-tuned folder
+    model, tokenizer, config = starting_model(config)
+
+    # 3. Data: pairs with one shared prompt, packed whole
+    data = load_data(config, tokenizer, machine.world)
+
+    # 4. What is optimised: the margin between the answers, measured from where the model starts
+    objective = DPO(config.beta)
+
+    # 5. How it is spread
+    identity = run_identity(config, model, data)
+    engine = build_engine(model, config, machine.device, machine.dtype, machine.world)
+
+    # 6. The reference: the starting model's own log-probabilities, computed once and cached
+    for rows in (data.train, data.val):
+        fill_reference(rows, engine, config, identity["init_from"])
+
+    # 7. Train, and leave a Hugging Face model folder
+    train(engine, objective, data, tokenizer, config, identity)
+
+
+if __name__ == "__main__":
+    run_stage(main, DPOConfig)

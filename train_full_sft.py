@@ -1,0 +1,33 @@
+"""Fine-tune a pretrained model on conversations; the loss stands on the assistant's turns only.
+
+python train_full_sft.py                                            starts from out/pretrain_512
+torchrun --nproc_per_node 2 train_full_sft.py --data_path "./dataset/sft_512.jsonl" --n_layers 16 --dim 768 --use_wandb
+"""
+
+from training import NextToken, SFTConfig, build_engine, train
+from training.setup import load_data, run_identity, run_stage, start_machine, starting_model
+
+
+def main(config: SFTConfig) -> None:
+    # 1. Processes, device, precision
+    machine = start_machine(config)
+
+    # 2. Tokenizer and model: those of the pretrained folder
+    model, tokenizer, config = starting_model(config)
+
+    # 3. Data: rendered by the one chat renderer, whose mask says which tokens are the assistant's
+    data = load_data(config, tokenizer, machine.world)
+
+    # 4. What is optimised: the next token, where it is the assistant's
+    objective = NextToken()
+
+    # 5. How it is spread
+    identity = run_identity(config, model, data)
+    engine = build_engine(model, config, machine.device, machine.dtype, machine.world)
+
+    # 6. Train, and leave a Hugging Face model folder
+    train(engine, objective, data, tokenizer, config, identity)
+
+
+if __name__ == "__main__":
+    run_stage(main, SFTConfig)

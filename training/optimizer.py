@@ -1,0 +1,52 @@
+"""Parameters in, optimizers and a learning rate for every step out.
+
+build_optimizers(model, config)      [AdamW over 4 groups] or [Muon over hidden matrices, AdamW over the rest]
+learning_rate(0, 100, config)        linear warm-up, then cosine or warm-up - stable - decay
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from training.config import Config
+
+
+def build_optimizers(model: nn.Module, config: Config, fused: bool = True) -> list[Optimizer]:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with decay on matrices only; optionally Muon for hidden matrices.
+
+    Muon's update is scaled to AdamW's RMS (Moonshot, arXiv:2502.16982), so one learning rate serves both.
+    """
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    hidden = [p for name, p in parameters if p.ndim == 2 and ".layers." in name]
+    head = [p for name, p in parameters if name.endswith("lm_head.weight")]
+    rest = [p for name, p in parameters if p.ndim < 2 or name.endswith("embed_tokens.weight")]
+    assert len(hidden) + len(head) + len(rest) == len(parameters)
+    decay, no_decay = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
+    adamw = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": fused}
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW([{"params": hidden + head, **decay}, {"params": rest, **no_decay}], **adamw)]
+    muon = torch.optim.Muon(
+        hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    groups = [{"params": head, **decay}] if head else []
+    return [muon, torch.optim.AdamW([*groups, {"params": rest, **no_decay}], **adamw)]
+
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """Learning rate of update `step` (from 0).
+
+    Cosine (Loshchilov & Hutter, arXiv:1608.03983) or warm-up - stable - decay (MiniCPM, arXiv:2404.06395).
+    """
+    peak = config.learning_rate
+    low = peak / 10 if config.min_lr is None else config.min_lr
+    warmup = min(200, math.ceil(0.02 * total_steps)) if config.warmup_steps is None else config.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.lr_schedule == "wsd":
+        decay_steps = max(1, round(config.decay_fraction * total_steps))
+        left = (total_steps - step) / decay_steps
+        return low + (peak - low) * min(1.0, left)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
