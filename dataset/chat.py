@@ -1,14 +1,14 @@
 """Messages -> token ids and loss mask. The one renderer: training and chat both come through here.
 
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    [{"role": "user", "content": "我们"}, {"role": "assistant", "content": "世界"}]
 
-    parts       <s>  <|user|>  Hi  <|end|>  <|assistant|>  Hello  <|end|>
-    ids           1         5   .        8              6      .        8      (. = pieces of plain text)
-    mask          0         0   0        0              0      1        1      1 = supervised
+    parts       <s>  <|user|>  我们  <|end|>  <|assistant|>  世界  <|end|>
+    ids           1         5 529        8              6 2070        8
+    mask          0         0    0        0              0    1        1      (1 = supervised)
 
-The mask follows from how the text was built: each part knows whether the assistant wrote it. Nothing is searched for
-afterwards, and the text of a message can never become a control token, so a user who writes "<|assistant|>"
-supervises nothing.
+The mask follows from how the text was built: each part knows whether the assistant wrote it. Nothing is
+searched for afterwards, and the text of a message can never become a control token, so a user who writes
+"<|assistant|>" supervises nothing.
 
 `dataset/tokenizer_6400/chat_template.jinja` says the same for Hugging Face; a test holds the two together.
 """
@@ -44,8 +44,8 @@ def render_chat(
 ) -> Rendered:
     """Ids and mask of a conversation; with `add_generation_prompt` it ends where the assistant is to speak.
 
-    Supervised: everything an assistant says, after <|assistant|> and up to its <|end|>, that one included. Up to
-    any assistant turn the ids are those of the shorter conversation with a generation prompt.
+    Supervised: everything an assistant says, after <|assistant|> and up to its <|end|>, that one included.
+    Up to any assistant turn the ids are those of the shorter conversation with a generation prompt.
 
     Raises ValueError for a message that cannot be rendered, naming its number and what was found.
     """
@@ -113,7 +113,7 @@ def _check(message: Message, where: str) -> tuple[str, str]:
 def parse_tool_calls(tool_calls: str | list[Any] | dict[str, Any] | None, where: str = "message") -> list[Message]:
     """Separate calls {"name": ..., "arguments": {...}} from a list or a JSON string of them.
 
-    OpenAI's {"type": "function", "function": {...}} is unwrapped, arguments given as a JSON string are parsed.
+    OpenAI's {"type": "function", "function": {...}} is unwrapped, arguments given as JSON text are parsed.
     Raises ValueError where something does not parse.
     """
     if not tool_calls:
@@ -147,7 +147,7 @@ def _tools_text(tools: Any) -> str:
     return tools if isinstance(tools, str) else _dump(tools)
 
 
-# Other models' templates ---------------------------------------------------------------------------------------
+# Other models' templates ----------------------------------------------------------------------
 
 FIRST_PLACEHOLDER = 0xF0000  # private-use characters, which no template contains
 
@@ -188,39 +188,42 @@ class _Placeholders:
 
 
 def _render_template(tokenizer: HFTokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
-    """Render with the folder's own template: its text may hold special tokens, the messages' texts may not."""
+    """Render with the folder's own template: only its own text may hold special tokens."""
     places = _Placeholders(tokenizer.control_names)
     hidden, tools = _hide_messages(messages, places)
     parts = places.split(tokenizer.apply_template(hidden, tools, add_generation_prompt))
-    header = tokenizer.generation_header
+
+    def speaking(i: int) -> int | None:
+        """Number of the assistant message whose text part `i` is, else None."""
+        number = places.texts[parts[i]][1] if 0 < i < len(parts) else None
+        return number if number is not None and messages[number]["role"] == "assistant" else None
+
     rendered = Rendered([], [])
-
-    def assistant_turn(i: int) -> int | None:
-        number = places.texts[parts[i]][1] if 0 <= i < len(parts) else 0
-        return number if messages and messages[number]["role"] == "assistant" and 0 <= i < len(parts) else None
-
-    def add(ids: list[int], supervised: int) -> None:
-        rendered.ids.extend(ids)
-        rendered.mask.extend(i < supervised for i in range(len(ids)))
-
     for i, part in enumerate(parts):
         if i % 2:
-            ids = tokenizer.encode(places.texts[part][0])
-            add(ids, len(ids) if assistant_turn(i) is not None else 0)
-            continue
-        before, after = assistant_turn(i - 1), assistant_turn(i + 1)
-        if before is not None and before == after:  # e.g. between reasoning and content
-            ids = tokenizer.encode_template(part)
-            add(ids, len(ids))
-            continue
-        # What stands between the assistant's header and its first text is the assistant's as well.
-        cut = part.rfind(header) + len(header) if after is not None and header and header in part else len(part)
-        ids = tokenizer.encode_template(part[:cut])
-        ends = [j + 1 for j, token_id in enumerate(ids) if token_id in tokenizer.stop_ids]
-        add(ids, ends[0] if before is not None and ends else 0)
-        ids = tokenizer.encode_template(part[cut:])
-        add(ids, len(ids))
+            pieces = [(tokenizer.encode(places.texts[part][0]), speaking(i) is not None)]
+        else:
+            pieces = _template_pieces(tokenizer, part, speaking(i - 1), speaking(i + 1))
+        for ids, supervised in pieces:
+            rendered.ids.extend(ids)
+            rendered.mask.extend([supervised] * len(ids))
     return rendered
+
+
+def _template_pieces(
+    tokenizer: HFTokenizer, part: str, before: int | None, after: int | None
+) -> list[tuple[list[int], bool]]:
+    """(ids, supervised) of template text between the texts of assistant messages `before` and `after`."""
+    if before is not None and before == after:  # inside one turn, e.g. between reasoning and content
+        return [(tokenizer.encode_template(part), True)]
+    # What stands between the assistant's header and its first text (an opening <think>) is its own too.
+    header = tokenizer.generation_header
+    cut = part.rfind(header) + len(header) if after is not None and header and header in part else len(part)
+    ids = tokenizer.encode_template(part[:cut])
+    end = 0
+    if before is not None:
+        end = next((j + 1 for j, token_id in enumerate(ids) if token_id in tokenizer.stop_ids), 0)
+    return [(ids[:end], True), (ids[end:], False), (tokenizer.encode_template(part[cut:]), True)]
 
 
 def _hide_messages(messages: Sequence[Message], places: _Placeholders) -> tuple[list[Message], Any]:
@@ -235,6 +238,7 @@ def _hide_messages(messages: Sequence[Message], places: _Placeholders) -> tuple[
             turn["reasoning_content"] = places.hide(message["reasoning_content"], number)
         if message.get("tools"):
             tools = places.hide_in_json(_parse_json(message["tools"], f"{where}: tools"), number)
+            tools = [tools] if isinstance(tools, dict) else tools
         calls = []
         for call in parse_tool_calls(message.get("tool_calls"), where):
             call = places.hide_in_json(call, number)

@@ -9,7 +9,6 @@ The columns are an Arrow table of Hugging Face `datasets` in a folder named by e
 one that builds it, so no collective with a time-out is needed around a long first tokenization.
 """
 
-import inspect
 import json
 import shutil
 from collections import Counter
@@ -24,11 +23,12 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
-from dataset import records
+from dataset import chat, records
 from dataset.chat import render_chat
 from dataset.records import DataError, Row, Stage, read_rows
 
 CHUNK = 512  # rows given to the tokenizer at a time
+VERSION = 1  # raise it when the same rows and rules give other columns, so that old caches are left alone
 
 
 @dataclass
@@ -79,14 +79,9 @@ def encode_files(paths: list[str], tokenizer: Any, rules: Rules, cache_dir: str 
 
 
 def fingerprint(paths: list[str], tokenizer: Any, rules: Rules) -> str:
-    """Hash of the files' bytes (not their names), the tokenizer with its template, the rules, and this code."""
+    """Hash of the files' bytes (not their names), the tokenizer with its template, and the rules."""
     digest = xxhash.xxh3_128()
-    for part in (
-        tokenizer.fingerprint,
-        asdict(rules),
-        inspect.getsource(inspect.getmodule(fingerprint)),
-        inspect.getsource(records),
-    ):  # type: ignore[arg-type]
+    for part in (VERSION, tokenizer.fingerprint, tokenizer.vocab_size, asdict(rules)):
         digest.update(repr(part).encode())
     for path in paths:
         with open(path, "rb") as file:
@@ -111,16 +106,25 @@ def build(paths: list[str], tokenizer: Any, rules: Rules, folder: Path) -> None:
     )
     features = datasets.Features(columns | {"file": datasets.Value("int16"), "line": datasets.Value("int32")})
     datasets.disable_progress_bars()  # the start table says what there is to know
-    table = datasets.Dataset.from_generator(
-        generate_rows,
-        features=features,
-        cache_dir=str(part / "raw"),
-        fingerprint=folder.name,
-        # `report` is filled while the generator runs, in this process
-        gen_kwargs={"encoder": Encoder(paths, tokenizer, rules, report)},
-    )
-    table.save_to_disk(str(part / "table"))
-    (part / "table" / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+    try:
+        table = datasets.Dataset.from_generator(
+            generate_rows,
+            features=features,
+            cache_dir=str(part / "raw"),
+            fingerprint=folder.name,
+            # `report` is filled while the generator runs, in this process
+            gen_kwargs={"encoder": Encoder(paths, tokenizer, rules, report)},
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise (error.__cause__ or error) from None
+    except ValueError:
+        if report.used:
+            raise
+        table = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+    # an empty part would be saved as no shards at all, which cannot be opened
+    table.save_to_disk(str(part / "table"), num_shards=None if len(table) else 1)
+    (part / "table" / "report.json").write_text(json.dumps(vars(report)), encoding="utf-8")
     (part / "table").rename(folder)
     shutil.rmtree(part)
 
@@ -161,7 +165,10 @@ class Encoder:
             try:
                 columns = encode_one(row.value)
             except ValueError as error:
-                raise DataError(f"{row.where}: {error}") from None
+                if self.rules.on_bad_row == "stop":
+                    raise DataError(f"{row.where}: {error}") from None
+                self.report.bad.append(f"{row.where}: {error}")
+                columns = None
             if columns is not None:
                 yield row, columns
 
@@ -261,4 +268,5 @@ def is_held_out(row: Row, rules: Rules) -> bool:
         document = json.dumps(
             messages[: answers[0]] if answers and rules.stage == "full_sft" else messages, ensure_ascii=False
         )
-    return xxhash.xxh3_64_intdigest(document.encode()) < rules.val_fraction * 2**64
+    # a lone surrogate (in a field that is not checked, such as a name) has no UTF-8
+    return xxhash.xxh3_64_intdigest(document.encode(errors="surrogatepass")) < rules.val_fraction * 2**64

@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,44 @@ def open_binary(path: str) -> io.BufferedIOBase:
     if path.endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):
-        # frames may follow one another, as `cat a.zst b.zst` makes them
-        return io.BufferedReader(
-            zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
-        )
+        return io.BufferedReader(ZstdReader(path))
     return open(path, "rb")
+
+
+class ZstdReader(io.RawIOBase):
+    """Decompressed bytes of a .zst file, whose frames may follow one another, as `cat a.zst b.zst` makes them.
+
+    Raises EOFError where the file ends inside a frame; zstandard's own reader takes that for the end of the data.
+    """
+
+    def __init__(self, path: str):
+        self.file = open(path, "rb")  # noqa: SIM115 - closed by close()
+        self.frame: Any = None  # the decompressor of the frame the file stands in
+        self.compressed = b""
+        self.ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            block = self.compressed or self.file.read(1 << 16)
+            if not block:
+                if self.frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            self.ready = memoryview(self.frame.decompress(block))
+            self.compressed = self.frame.unused_data  # what follows the end of the frame
+            if self.frame.eof:
+                self.frame = None
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -89,7 +123,7 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 yield number, raw.rstrip(b"\r\n")
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
             f"{path}:{number + 1}: found damaged compressed data ({error}), expected a whole file; fetch or compress it again"
         ) from None
@@ -133,9 +167,10 @@ def parse_row(raw: bytes, stage: Stage) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"found JSON nested too deeply to read, {expected}") from None
     except json.JSONDecodeError as error:
-        hint = "; the line is cut short" if error.pos >= len(raw.decode("utf-8").rstrip()) else ""
+        cut = error.msg.startswith("Unterminated") or error.pos >= len(raw.decode("utf-8").rstrip())
         raise ValueError(
-            f"found broken JSON ({error.msg} at character {error.colno} of {shorten(raw)}){hint}, {expected}"
+            f"found broken JSON ({error.msg.removesuffix(' at')} at character {error.colno} of {shorten(raw)})"
+            f"{'; the line is cut short' if cut else ''}, {expected}"
         ) from None
     if not isinstance(row, dict):
         hint = " (a whole JSON array in one file? write one object a line)" if isinstance(row, list) else ""
@@ -199,7 +234,7 @@ def check_json_list(value: Any, name: str) -> None:
         return
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"found {shorten(value)} as {name}, which is not JSON ({error}); expected a JSON list"
         ) from None

@@ -1,11 +1,11 @@
-"""Text <-> token ids: the shipped SentencePiece tokenizer, and any other Hugging Face tokenizer behind the same door.
+"""Text <-> token ids: the shipped SentencePiece tokenizer, and any Hugging Face one behind the same door.
 
 What flows through, with the shipped 6,400-piece model:
 
-    encode("Hello 世界")      -> [1301, 284, 270, 5117, 4987]     plain text, no <s> or </s> added (numbers for show)
-    encode("<|end|>")         -> several ordinary pieces: text can never become a control token
-    decode([5, 1301, 8])      -> "Hel"                             control tokens are left out
-    decode(..., skip_control=False) -> "<|user|>Hel<|end|>"
+    encode("Hello 世界") -> [4418, 625, 4355, 4351, 2070]      "H" "ell" "o" " " "世界", no <s> or </s> added
+    encode("<|end|>")    -> [4568, 4440, 611, 4440, 4496]      "<" "|" "end" "|" ">": text is never control
+    decode([5, 2070, 8]) -> "世界"                              control tokens are left out
+    decode([5, 2070, 8], skip_control=False) -> "<|user|>世界<|end|>"
 
 Every string without lone surrogates comes back exactly: what has no piece of its own is spelt in byte tokens
 (<0x00> .. <0xFF>). The control tokens stand at the first ids, then the 256 bytes, then the pieces.
@@ -146,7 +146,7 @@ class HFTokenizer:
         from transformers import AutoTokenizer  # seconds to import; only foreign folders need it
 
         self.folder = Path(folder)
-        self.hf = AutoTokenizer.from_pretrained(str(self.folder))
+        self.hf: Any = AutoTokenizer.from_pretrained(str(self.folder))
         self.vocab_size = len(self.hf)
         special = {i: token.content for i, token in self.hf.added_tokens_decoder.items() if token.special}
         self.control_ids = frozenset(special)
@@ -203,7 +203,7 @@ class HFTokenizer:
         """int32 (vocab_size,): UTF-8 bytes each token stands for, 0 for special tokens."""
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self.hf.backend_tokenizer.to_str())["decoder"])
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        for i, piece in enumerate(self.hf.convert_ids_to_tokens(range(self.vocab_size))):
+        for i, piece in enumerate(self.hf.convert_ids_to_tokens(list(range(self.vocab_size)))):
             if i not in self.control_ids and piece is not None:
                 # In a byte-level vocabulary every character of a piece stands for one byte.
                 sizes[i] = len(piece) if byte_level else len(_bytes_of_piece(piece, len(CONTROL_TOKENS)))
@@ -229,7 +229,7 @@ class HFTokenizer:
         return own + named
 
     def _find_end_of_turn(self) -> int:
-        """The first special token the template writes after an assistant's text; base models' eos is another one."""
+        """The first special token the template writes after an answer (base models' eos is another)."""
         if self.hf.chat_template is None:
             return self.eos_id
         marker = "\U000f0000"
@@ -239,24 +239,29 @@ class HFTokenizer:
 
 
 class HFStreamDecoder:
-    """`StreamDecoder` for a Hugging Face tokenizer: decodes what is pending until it ends in a whole character."""
+    """`StreamDecoder` for a Hugging Face tokenizer: decodes until the text ends in a whole character."""
 
     def __init__(self, tokenizer: HFTokenizer, skip_control: bool) -> None:
         self._tokenizer, self._skip_control = tokenizer, skip_control
+        self._shown: list[int] = []  # the ids shown last: some tokenizers drop the space of a text's first token
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """Text that this token completes ("" while a character is incomplete)."""
         self._pending.append(token_id)
-        text = self._tokenizer.decode(self._pending, self._skip_control)
-        return "" if text.endswith("\ufffd") else self._take(text)
+        text = self._new_text()
+        return "" if text.endswith("\ufffd") else self._show(text)
 
     def flush(self) -> str:
         """What was held back at the end."""
-        return self._take(self._tokenizer.decode(self._pending, self._skip_control))
+        return self._show(self._new_text())
 
-    def _take(self, text: str) -> str:
-        self._pending = []
+    def _new_text(self) -> str:
+        shown = self._tokenizer.decode(self._shown, self._skip_control)
+        return self._tokenizer.decode(self._shown + self._pending, self._skip_control)[len(shown) :]
+
+    def _show(self, text: str) -> str:
+        self._shown, self._pending = self._pending, []
         return text
 
 
@@ -279,8 +284,8 @@ def _read_model(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise ValueError(f"{path}: no such file; expected a tokenizer folder such as {DEFAULT_TOKENIZER}")
     if not _is_ours(path):
         raise ValueError(
-            f"{path}: not this project's tokenizer, expected the pieces {' '.join(CONTROL_TOKENS)} and then 256 "
-            "bytes; open other models' folders with load_tokenizer, or make one with scripts/train_tokenizer.py"
+            f"{path}: not this project's tokenizer, expected the pieces {' '.join(CONTROL_TOKENS)} and then "
+            "256 bytes; open other models' folders with load_tokenizer, make one with scripts/train_tokenizer.py"
         )
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
@@ -311,8 +316,8 @@ def _check_encodable(text: str) -> None:
     except UnicodeEncodeError as error:
         around = text[max(0, error.start - 10) : error.start + 10]
         raise ValueError(
-            f"text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start} ({around!r}), "
-            "expected valid Unicode; repair or drop this text"
+            f"text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start} "
+            f"({around!r}), expected valid Unicode; repair or drop this text"
         ) from None
 
 

@@ -3,7 +3,7 @@
     python scripts/train_tokenizer.py --data_path my_en.jsonl my_zh.jsonl --out_dir my_tokenizer
 
     {"text": "Once upon a time ..."}  ->  hash of the text: 2 in 100 documents are held out
-                                      ->  a sample of the others, a set share of it Chinese, no file dominating
+                                      ->  a sample of the others: Chinese and other text balanced, files too
                                       ->  SentencePiece BPE  ->  tokenizer.model
                                       ->  the same pieces and merges for Hugging Face  ->  tokenizer.json, ...
                                       ->  a table: characters a token on the held-out documents
@@ -19,7 +19,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,15 +29,23 @@ from tokenizers import AddedToken, decoders, models, processors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset.tokenizer import CONTROL_TOKENS, DEFAULT_TOKENIZER, SPACE_MARK, Tokenizer  # noqa: E402
+from dataset.tokenizer import CONTROL_TOKENS, DEFAULT_TOKENIZER, SPACE_MARK, Tokenizer
 
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 CHINESE_FROM = 0.2  # a document with at least this share of Han characters counts as Chinese
-CHUNK = 4000  # characters a training sentence; SentencePiece takes documents as one sentence each
+CHUNK = 4000  # characters a training sentence
+WORD_END = "\x1f"  # stands between words in the training sentences alone
+WORD = re.compile(
+    r"(?:[^\w\r\n]|_)?[^\W\d_]+"  # letters, with one space or sign before them
+    r"|\d"
+    r"| ?(?:[^\w\s]|_)+[\r\n]*"  # signs, with the space before and the newlines after them
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""What a piece may span at most, as GPT-4 splits: "，但是" and " the" may be pieces, "the." and "是，" not."""
 
 
 class Document(NamedTuple):
-    """One text with the facts the sampling needs. `order` is uniform in [0, 1) and depends on the text alone."""
+    """One text and what sampling needs: `order` lies evenly in [0, 1) and depends on the text alone."""
 
     text: str
     size: int
@@ -51,13 +59,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_path", nargs="+", required=True, help='JSONL files of {"text": ...}, .gz as well')
     parser.add_argument("--out_dir", required=True, help="folder to write the tokenizer's files to")
     parser.add_argument("--vocab_size", type=int, default=6400, help="pieces, control tokens and bytes included")
-    parser.add_argument("--character_coverage", type=float, default=0.983, help="share of characters with a piece")
+    parser.add_argument("--character_coverage", type=float, default=0.988, help="share of characters with a piece")
     parser.add_argument("--max_bytes", type=int, default=20_000_000, help="UTF-8 bytes to train on")
     parser.add_argument("--max_bytes_per_file", type=int, default=3_000_000, help="most that one file may give")
     parser.add_argument("--chinese_share", type=float, default=0.5, help="share of the bytes that is Chinese")
     parser.add_argument("--max_piece_length", type=int, default=16, help="characters in the longest piece")
-    parser.add_argument("--split_by_unicode_script", type=int, choices=(0, 1), default=1,
-                        help="1: no piece mixes letters with punctuation or another script")  # fmt: skip
     parser.add_argument("--held_out", type=float, default=0.02, help="share of the documents kept for measuring")
     return parser.parse_args(arguments)
 
@@ -91,7 +97,7 @@ def _document(text: str) -> Document:
 
 
 def sample(files: dict[str, list[Document]], options: argparse.Namespace) -> list[Document]:
-    """Training documents: `max_bytes` in all, `chinese_share` of them Chinese, as even over the files as they allow."""
+    """Training documents: `max_bytes`, `chinese_share` of it Chinese, as even over the files as they allow."""
     chosen: list[Document] = []
     for chinese, share in ((True, options.chinese_share), (False, 1 - options.chinese_share)):
         parts = [
@@ -127,7 +133,8 @@ def train_model(texts: Iterable[str], options: argparse.Namespace) -> bytes:
         vocab_size=options.vocab_size,
         character_coverage=options.character_coverage,
         max_sentencepiece_length=options.max_piece_length,
-        split_by_unicode_script=bool(options.split_by_unicode_script),
+        split_by_unicode_script=False,  # WORD decides instead
+        pretokenization_delimiter=WORD_END,
         byte_fallback=True,
         split_digits=True,
         allow_whitespace_only_pieces=True,
@@ -140,18 +147,18 @@ def train_model(texts: Iterable[str], options: argparse.Namespace) -> bytes:
         eos_id=2,
         pad_id=3,
         control_symbols=list(CONTROL_TOKENS[4:]),
-        max_sentence_length=CHUNK * 4 + 1,
+        max_sentence_length=CHUNK * 5,  # bytes: four a character, one a delimiter
         num_threads=1,
         minloglevel=1,
     )
     return model.getvalue()
 
 
-def chunks(documents: Iterable[Document]) -> Iterator[str]:
-    """Documents in pieces short enough for the trainer, newlines and all."""
+def training_sentences(documents: Iterable[Document]) -> Iterator[str]:
+    """Documents in pieces short enough for the trainer, newlines and all, their words marked off."""
     for document in documents:
         for start in range(0, len(document.text), CHUNK):
-            yield document.text[start : start + CHUNK]
+            yield WORD_END.join(WORD.findall(document.text[start : start + CHUNK]))
 
 
 def write_folder(model: bytes, folder: Path) -> None:
@@ -181,12 +188,12 @@ def write_folder(model: bytes, folder: Path) -> None:
     _write_json(folder / "tokenizer_config.json", config)
 
 
-def _write_json(path: Path, value: dict[str, object]) -> None:
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def hugging_face_tokenizer(model: sentencepiece.SentencePieceProcessor) -> tokenizers.Tokenizer:
-    """The same tokenizer for the `tokenizers` library: equal ids for every text without control tokens' names.
+    """The same tokenizer for the `tokenizers` library: equal ids for all text without control tokens' names.
 
     The vocabulary holds real spaces where SentencePiece has U+2581, so nothing needs to be normalised and a
     literal U+2581 falls back to its bytes by itself.
@@ -233,9 +240,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     files = {path: read_documents(path) for path in options.data_path}
     documents = sample(files, options)
-    chinese = sum(d.size for d in documents if d.chinese)
-    print(f"training on {len(documents):,} documents, {sum(d.size for d in documents):,} bytes, {chinese:,} Chinese")
-    write_folder(train_model(chunks(documents), options), Path(options.out_dir))
+    size, chinese = sum(d.size for d in documents), sum(d.size for d in documents if d.chinese)
+    print(f"training on {len(documents):,} documents, {size:,} bytes, {chinese:,} of them Chinese")
+    write_folder(train_model(training_sentences(documents), options), Path(options.out_dir))
     print(f"{'held-out documents of':32}{'characters':>12}{'tokens':>12}{'characters a token':>20}")
     for name, (characters, tokens) in measure(Tokenizer(options.out_dir), files, options.held_out).items():
         print(f"{name:32}{characters:12,}{tokens:12,}{characters / tokens:20.3f}")

@@ -46,7 +46,7 @@ def save(engine: SingleEngine, folder: Path, run: dict[str, Any], keep_last: int
             shutil.rmtree(folder, ignore_errors=True)
     problem = engine.gather(problem)[0]
     if problem is None and first:
-        for old in sorted(complete(folder.parent))[:-keep_last]:
+        for old in stale(folder, keep_last):
             shutil.rmtree(old)
     return problem
 
@@ -99,8 +99,22 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def complete(checkpoints: Path) -> list[Path]:
-    return [path for path in checkpoints.glob("step_*") if (path / COMPLETE).is_file()]
+def step_of(folder: Path) -> int:
+    """step_000200 -> 200."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def by_step(checkpoints: Path) -> list[Path]:
+    """All checkpoints, whole or not, the oldest first; folders that a user named otherwise are not ours."""
+    return sorted((path for path in checkpoints.glob("step_*") if path.name[5:].isdecimal()), key=step_of)
+
+
+def stale(folder: Path, keep_last: int) -> list[Path]:
+    """Checkpoints to remove once `folder` is written: older ones beyond keep_last, and those of later steps, which a
+    run that was resumed from an earlier checkpoint (or found them damaged) has left behind."""
+    others = by_step(folder.parent)
+    upto = [path for path in others if step_of(path) <= step_of(folder) and (path / COMPLETE).is_file()]
+    return upto[:-keep_last] + [path for path in others if step_of(path) > step_of(folder)]
 
 
 def damage(folder: Path) -> str | None:
@@ -132,7 +146,7 @@ def find(resume: str, checkpoints: Path, say: Callable[[str], None]) -> Path | N
         if problem := damage(Path(resume)):
             raise ValueError(f"--resume {resume}: {problem}; use --resume auto for the newest whole one")
         return Path(resume)
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+    for folder in reversed(by_step(checkpoints)):
         problem = damage(folder)
         if problem is None:
             return folder

@@ -117,7 +117,7 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for a value out of its range."""
-        at_least_one = ("batch_size", "accumulation_steps", "log_interval", "keep_last")
+        at_least_one = ("batch_size", "accumulation_steps", "log_interval", "keep_last", "max_seq_len")
         not_negative = (
             "max_steps",
             "eval_interval",
@@ -126,12 +126,15 @@ class Config:
             "eval_rows",
             "weight_decay",
             "grad_clip",
+            "warmup_steps",
+            "min_lr",
         )
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
-                if getattr(self, name) < least:
-                    raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.learning_rate <= 0 or self.epochs <= 0:
+                value = getattr(self, name)
+                if value is not None and not value >= least:  # so written, it stops "not a number" as well
+                    raise ValueError(f"--{name} is {value}; it must be at least {least}")
+        if not (self.learning_rate > 0 and self.epochs > 0):
             raise ValueError(
                 f"--learning_rate {self.learning_rate} and --epochs {self.epochs} must both be more than 0"
             )
@@ -180,8 +183,17 @@ class DPOConfig(Config):
     beta: float = flag(0.1, "DPO: strength of the pull towards the reference (larger: closer)", "preference")
     loss_type: Literal["sigmoid"] = flag("sigmoid", "DPO's loss", "preference")
 
+    def check(self) -> None:
+        super().check()
+        if not self.beta > 0:
+            raise ValueError(f"--beta is {self.beta}; it must be more than 0")
+
 
 C = TypeVar("C", bound=Config)
+
+
+class BadValue(argparse.ArgumentTypeError, ValueError):
+    """A value of the wrong kind: argparse shows its message for a flag, and a file's reader gets a ValueError."""
 
 
 def load_config(cls: type[C], argv: list[str] | None = None) -> C:
@@ -281,18 +293,18 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     if optional and (value is None or (value == "none" and kind is not str)):
         return None
     if typing.get_origin(kind) is list:
-        return [str(item) for item in (value if isinstance(value, list) else [value])]
+        return [str(item) for item in (value if isinstance(value, list) else [] if value is None else [value])]
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
             nearest = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise argparse.ArgumentTypeError(f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}")
+            raise BadValue(f"{name} is {value!r}; it must be one of {', '.join(choices)}{hint}")
         return value
     if kind is bool:
         known = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
         if str(value).lower() not in known:
-            raise argparse.ArgumentTypeError(f"{name} is {value!r}; it must be true or false")
+            raise BadValue(f"{name} is {value!r}; it must be true or false")
         return known[str(value).lower()]
     if kind is str:
         return str(value)
@@ -306,9 +318,7 @@ def convert(value: Any, kind: Any, name: str) -> Any:
             else int(value if isinstance(value, str) and value.lstrip("-").isdigit() else number)
         )
     except (TypeError, ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{name} is {value!r}; it must be {'a whole number' if kind is int else 'a number'}"
-        ) from None
+        raise BadValue(f"{name} is {value!r}; it must be {'a whole number' if kind is int else 'a number'}") from None
 
 
 def save_config(config: Config, path: Path) -> None:

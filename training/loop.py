@@ -82,7 +82,11 @@ class Run:
         self.config, self.identity = config, identity
         self.first = engine.world.rank == 0
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(config.seed + engine.world.rank)  # dropout differs between ranks
+        self.flops_per_token = flops_per_token(engine.model.config, config.max_seq_len or 0)
+        self.peak_flops = peak_flops(engine.device, engine.dtype) * engine.world.size
+        torch.manual_seed(
+            config.seed + engine.world.rank
+        )  # dropout differs between ranks; nothing random before it counts
         self.progress = self.resume()
         self.loader = Loader(
             data.train, config.batch_size, config.accumulation_steps, engine.world.rank, engine.world.size, config.seed
@@ -93,8 +97,6 @@ class Run:
             enabled=self.first, use_wandb=config.use_wandb, wandb_project=config.wandb_project,
             wandb_run_name=config.wandb_run_name or config.run_dir.name, use_tensorboard=config.use_tensorboard,
         )  # fmt: skip
-        self.flops_per_token = flops_per_token(engine.model.config, config.max_seq_len or 0)
-        self.peak_flops = peak_flops(engine.device, engine.dtype) * engine.world.size
         self.bad_updates = 0
         self.saved_step = self.progress.step if self.progress.step else -1
         self.window = Window()

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 SEED = 20240229
 LANGUAGES = ("en", "zh")
+SPACE = {"en": " ", "zh": ""}  # between sentences
 Texts = dict[str, tuple[str, str]]  # language -> (question, answer)
 
 
@@ -49,139 +50,54 @@ class Animal(NamedTuple):
     measure: str  # the Chinese measure word
 
 
+def words(table: str) -> tuple[Word, ...]:
+    """ "on the hill 山上, by the river 河边" -> (Word("on the hill", "山上"), Word("by the river", "河边"))."""
+    return tuple(Word(*entry.rsplit(" ", 1)) for entry in table.split(", "))
+
+
+def opposites(table: str) -> tuple[tuple[Word, Word], ...]:
+    """ "big 大/small 小" -> ((Word("big", "大"), Word("small", "小")),)."""
+    return tuple((words(one)[0], words(other)[0]) for one, other in (e.split("/") for e in table.split(", ")))
+
+
 # From the lightest to the heaviest: the order is the rule of the family "compare".
 ANIMALS = (
-    Animal("mouse", "老鼠", "mice", "只"),
-    Animal("frog", "青蛙", "frogs", "只"),
+    Animal("mouse", "鼠", "mice", "只"),
+    Animal("bird", "鸟", "birds", "只"),
+    Animal("fish", "鱼", "fish", "条"),
     Animal("snake", "蛇", "snakes", "条"),
-    Animal("duck", "鸭子", "ducks", "只"),
-    Animal("rabbit", "兔子", "rabbits", "只"),
-    Animal("cat", "猫", "cats", "只"),
-    Animal("fox", "狐狸", "foxes", "只"),
+    Animal("hen", "鸡", "hens", "只"),
+    Animal("crane", "鹤", "cranes", "只"),
     Animal("dog", "狗", "dogs", "条"),
-    Animal("goat", "山羊", "goats", "只"),
-    Animal("wolf", "狼", "wolves", "匹"),
-    Animal("pig", "猪", "pigs", "头"),
-    Animal("bear", "熊", "bears", "头"),
+    Animal("sheep", "羊", "sheep", "只"),
+    Animal("deer", "鹿", "deer", "头"),
+    Animal("tiger", "虎", "tigers", "只"),
     Animal("horse", "马", "horses", "匹"),
-    Animal("elephant", "大象", "elephants", "头"),
+    Animal("cow", "牛", "cows", "头"),
+    Animal("elephant", "象", "elephants", "头"),
+    Animal("dragon", "龙", "dragons", "条"),
 )
-COLOURS = tuple(
-    Word(*pair)
-    for pair in (
-        ("red", "红色"),
-        ("blue", "蓝色"),
-        ("green", "绿色"),
-        ("yellow", "黄色"),
-        ("white", "白色"),
-        ("black", "黑色"),
-        ("grey", "灰色"),
-        ("brown", "棕色"),
-    )
+COLOURS = words("red 红, blue 蓝, green 绿, white 白, black 黑, gold 金, purple 紫, brown 棕")
+NUMBERS = words("one 一, two 两, three 三, four 四, five 五, six 六, seven 七, eight 八, nine 九")
+PLACES = words(
+    "on the hill 山上, by the river 河边, in the lake 湖里, under the tree 树下, "
+    "under the bridge 桥下, at the gate 门前, in the field 田里, in the village 村里"
 )
-NUMBERS = tuple(
-    Word(*pair)
-    for pair in (
-        ("one", "一"),
-        ("two", "两"),
-        ("three", "三"),
-        ("four", "四"),
-        ("five", "五"),
-        ("six", "六"),
-        ("seven", "七"),
-        ("eight", "八"),
-        ("nine", "九"),
-    )
-)
-PLACES = tuple(
-    Word(*pair)
-    for pair in (
-        ("by the river", "河边"),
-        ("in the forest", "森林里"),
-        ("on the hill", "山上"),
-        ("in the garden", "花园里"),
-        ("at the market", "集市上"),
-        ("under the bridge", "桥下"),
-        ("in the field", "田里"),
-        ("by the lake", "湖边"),
-    )
-)
-# (word, its opposite) before the noun, and after "is".
-KINDS = (
-    (Word("big", "高大"), Word("small", "矮小")),
-    (Word("young", "年轻"), Word("old", "年老")),
-    (Word("brave", "勇敢"), Word("shy", "胆小")),
-    (Word("quiet", "安静"), Word("noisy", "吵闹")),
-    (Word("busy", "勤快"), Word("lazy", "懒惰")),
-    (Word("clever", "聪明"), Word("foolish", "糊涂")),
-)
-STATES = (
-    (Word("happy", "高兴"), Word("sad", "难过")),
-    (Word("hungry", "饿"), Word("full", "饱")),
-    (Word("warm", "暖和"), Word("cold", "冷")),
-    (Word("clean", "干净"), Word("dirty", "脏")),
-    (Word("fast", "快"), Word("slow", "慢")),
-    (Word("rich", "富"), Word("poor", "穷")),
-)
-CATEGORIES = (Word("a toy", "玩具"), Word("a fruit", "水果"), Word("a tool", "工具"), Word("a garment", "衣物"))
+# (word, its opposite): before the noun, and after "is".
+KINDS = opposites("big 大/small 小, strong 强/weak 弱, rich 富/poor 穷, good 好/bad 坏, fast 快/slow 慢, old 老/young 幼")
+STATES = opposites("hot 热/cold 冷, near 近/far 远, early 早/late 晚, happy 高兴/sad 难过, busy 忙/free 闲, quiet 静/loud 闹")
 # Six things of each category, in the order of CATEGORIES.
-THINGS = tuple(
-    Word(*pair)
-    for pair in (
-        ("kite", "风筝"),
-        ("drum", "小鼓"),
-        ("ball", "皮球"),
-        ("doll", "布偶"),
-        ("bell", "铃铛"),
-        ("whistle", "哨子"),
-        ("apple", "苹果"),
-        ("pear", "梨子"),
-        ("peach", "桃子"),
-        ("plum", "李子"),
-        ("grape", "葡萄"),
-        ("lemon", "柠檬"),
-        ("hammer", "锤子"),
-        ("saw", "锯子"),
-        ("spade", "铲子"),
-        ("rope", "绳子"),
-        ("broom", "扫帚"),
-        ("axe", "斧头"),
-        ("hat", "帽子"),
-        ("scarf", "围巾"),
-        ("coat", "外套"),
-        ("sock", "袜子"),
-        ("glove", "手套"),
-        ("boot", "靴子"),
-    )
+CATEGORIES = words("a tool 工具, a food 食物, a plant 植物, a furnishing 家具")
+THINGS = words(
+    "knife 刀, needle 针, pen 笔, lock 锁, net 网, bow 弓, "
+    "rice 饭, soup 汤, meat 肉, peach 桃, tea 茶, pear 梨, "
+    "grass 草, willow 柳, lotus 荷, flower 花, pine 松, bamboo 竹, "
+    "bed 床, lamp 灯, table 桌, mirror 镜, mat 席, clock 钟"
 )
-PEOPLE = tuple(
-    Word(*pair)
-    for pair in (
-        ("Mia", "小明"),
-        ("Tom", "小红"),
-        ("Lily", "小兰"),
-        ("Ben", "小军"),
-        ("Anna", "小雨"),
-        ("Leo", "小雪"),
-        ("Nora", "小刚"),
-        ("Sam", "小美"),
-        ("Ruby", "小林"),
-        ("Max", "小云"),
-    )
+PEOPLE = words(
+    "Tom 王明, Lily 李红, Ben 张兰, Anna 陈军, Sam 赵雨, Jack 周雪, Henry 吴刚, Tim 孙美, John 刘林, May 杨云"
 )
-FOODS = tuple(
-    Word(*pair)
-    for pair in (
-        ("berries", "浆果"),
-        ("bread", "面包"),
-        ("honey", "蜂蜜"),
-        ("noodles", "面条"),
-        ("rice", "米饭"),
-        ("soup", "热汤"),
-        ("nuts", "坚果"),
-        ("cheese", "奶酪"),
-    )
-)
+FOODS = words("bread 面包, honey 蜂蜜, noodles 面条, rice 米饭, soup 热汤, nuts 果子, tea 茶叶, fruit 水果")
 HABITS = (
     Word("It sings in the morning.", "它早上爱唱歌。"),
     Word("It sleeps at noon.", "它中午爱睡觉。"),
@@ -274,12 +190,12 @@ def draw_row(rng: random.Random, held_out: bool) -> tuple[list[int], int]:
 
 
 def phrase(number: int, colour: int, animal: int, place: int) -> Word:
-    """(2, 0, 6, 0) -> "three red foxes by the river", "河边的三只红色的狐狸"."""
+    """(2, 0, 10, 0) -> "three red horses on the hill", "山上的三匹红马"."""
     beast = ANIMALS[animal]
     noun = beast.en if number == 0 else beast.plural
     return Word(
         f"{NUMBERS[number].en} {COLOURS[colour].en} {noun} {PLACES[place].en}",
-        f"{PLACES[place].zh}的{NUMBERS[number].zh}{beast.measure}{COLOURS[colour].zh}的{beast.zh}",
+        f"{PLACES[place].zh}的{NUMBERS[number].zh}{beast.measure}{COLOURS[colour].zh}{beast.zh}",
     )
 
 
@@ -289,9 +205,7 @@ def draw_phrase(rng: random.Random, held_out: bool) -> Word:
 
 def ask_translate(rng: random.Random, held_out: bool) -> Texts:
     en, zh = draw_phrase(rng, held_out)
-    ask_en = rng.choice(("Translate into Chinese: {}", "How do you say this in Chinese: {}"))
-    ask_zh = rng.choice(("翻译成英文：{}", "用英文怎么说：{}"))
-    return {"en": (ask_en.format(en), zh), "zh": (ask_zh.format(zh), en)}
+    return {"en": (f"Translate: {en}", zh), "zh": (f"翻译：{zh}", en)}
 
 
 def tell_state(kind: Word, animal: Animal, state: Word) -> Word:
@@ -308,9 +222,7 @@ def draw_opposite(rng: random.Random, held_out: bool) -> tuple[Word, Word]:
 
 def ask_opposite(rng: random.Random, held_out: bool) -> Texts:
     said, turned = draw_opposite(rng, held_out)
-    ask_en = rng.choice(("Say the opposite: {}", "Turn it round: {}"))
-    ask_zh = rng.choice(("说反话：{}", "反过来说：{}"))
-    return {"en": (ask_en.format(said.en), turned.en), "zh": (ask_zh.format(said.zh), turned.zh)}
+    return {"en": (f"Say the opposite: {said.en}", turned.en), "zh": (f"反过来说：{said.zh}", turned.zh)}
 
 
 def ask_compare(rng: random.Random, held_out: bool) -> Texts:
@@ -318,10 +230,10 @@ def ask_compare(rng: random.Random, held_out: bool) -> Texts:
     heavier = rng.random() < 0.5
     winner = ANIMALS[max(first, second) if heavier else min(first, second)]
     one, two = ANIMALS[first], ANIMALS[second]
-    word = Word("heavier", "更重") if heavier else Word("lighter", "更轻")
+    word = Word("heavier", "重") if heavier else Word("lighter", "轻")
     return {
         "en": (f"Which is {word.en}, the {one.en} or the {two.en}?", f"The {winner.en} is {word.en}."),
-        "zh": (f"{one.zh}和{two.zh}，哪个{word.zh}？", f"{winner.zh}{word.zh}。"),
+        "zh": (f"{one.zh}和{two.zh}，哪个更{word.zh}？", f"{winner.zh}更{word.zh}。"),
     }
 
 
@@ -329,52 +241,57 @@ def tell_owner(person: int, thing: int) -> Word:
     return Word(f"{PEOPLE[person].en} has the {THINGS[thing].en}.", f"{PEOPLE[person].zh}有{THINGS[thing].zh}。")
 
 
+def tell_owners(owners: Iterable[tuple[int, int]]) -> Word:
+    told = [tell_owner(*pair) for pair in owners]
+    return Word("Listen: " + " ".join(line.en for line in told), "听：" + "".join(line.zh for line in told))
+
+
+def query_owner(person: int, thing: int) -> Texts:
+    return {
+        "en": (f"Who has the {THINGS[thing].en}?", f"It is {PEOPLE[person].en}."),
+        "zh": (f"谁有{THINGS[thing].zh}？", f"是{PEOPLE[person].zh}。"),
+    }
+
+
 def ask_who(rng: random.Random, held_out: bool) -> Texts:
     owners, asked = draw_owners(rng, held_out)
-    told = [tell_owner(*pair) for pair in owners]
-    thing = THINGS[owners[asked][1]]
-    return {
-        "en": (" ".join(line.en for line in told) + f" Who has the {thing.en}?", told[asked].en),
-        "zh": ("".join(line.zh for line in told) + f"谁有{thing.zh}？", told[asked].zh),
-    }
+    return after(tell_owners(owners), query_owner(*owners[asked]))
 
 
 def tell_row(row: Iterable[int]) -> Word:
     things = [THINGS[thing] for thing in row]
-    return Word(", ".join(thing.en for thing in things), "、".join(thing.zh for thing in things))
+    return Word(
+        f"In a row: {', '.join(thing.en for thing in things)}.", f"排成一排：{'、'.join(thing.zh for thing in things)}。"
+    )
 
 
-def tell_next(thing: int, following: int, after: bool) -> Word:
-    """after: what follows `thing`; otherwise what stands before `following`."""
+def query_next(thing: int, following: int) -> Texts:
     one, two = THINGS[thing], THINGS[following]
-    if after:
-        return Word(f"After the {one.en} comes the {two.en}.", f"{one.zh}的后面是{two.zh}。")
-    return Word(f"Before the {two.en} comes the {one.en}.", f"{two.zh}的前面是{one.zh}。")
+    return {
+        "en": (f"What comes after the {one.en}?", f"The {two.en}."),
+        "zh": (f"{one.zh}的后面是什么？", f"是{two.zh}。"),
+    }
 
 
 def ask_row(rng: random.Random, held_out: bool) -> Texts:
     row, asked = draw_row(rng, held_out)
-    after = rng.random() < 0.5
-    known = THINGS[row[asked] if after else row[asked + 1]]
-    told, answer = tell_row(row), tell_next(row[asked], row[asked + 1], after)
-    side = Word("after", "后") if after else Word("before", "前")
-    return {
-        "en": (f"In a row stand: {told.en}. What comes {side.en} the {known.en}?", answer.en),
-        "zh": (f"排成一排：{told.zh}。{known.zh}的{side.zh}面是什么？", answer.zh),
-    }
+    return after(tell_row(row), query_next(row[asked], row[asked + 1]))
 
 
 def category_of(thing: int) -> int:
     return thing // (len(THINGS) // len(CATEGORIES))
 
 
-def tell_category(thing: int) -> Word:
+def query_category(thing: int) -> Texts:
     kind = CATEGORIES[category_of(thing)]
-    return Word(f"The {THINGS[thing].en} is {kind.en}.", f"{THINGS[thing].zh}是{kind.zh}。")
+    return {
+        "en": (f"Which is {kind.en}?", f"The {THINGS[thing].en}."),
+        "zh": (f"哪个是{kind.zh}？", f"是{THINGS[thing].zh}。"),
+    }
 
 
 def draw_pick(rng: random.Random, held_out: bool) -> tuple[list[int], int]:
-    """Four things and the position of the one that is alone in its category (part of the kept-out pair, if held out)."""
+    """Four things and the position of one that is alone in its category (part of the kept-out pair, if held out)."""
     while True:
         row, asked = draw_row(rng, held_out)
         position = asked + rng.randrange(2)
@@ -385,11 +302,13 @@ def draw_pick(rng: random.Random, held_out: bool) -> tuple[list[int], int]:
 
 def ask_pick(rng: random.Random, held_out: bool) -> Texts:
     row, position = draw_pick(rng, held_out)
-    told, kind, answer = tell_row(row), CATEGORIES[category_of(row[position])], tell_category(row[position])
-    return {
-        "en": (f"Which one is {kind.en}: {told.en}?", answer.en),
-        "zh": (f"哪一个是{kind.zh}：{told.zh}？", answer.zh),
-    }
+    return after(tell_row(row), query_category(row[position]))
+
+
+def after(told: Word, asked: Texts) -> Texts:
+    """What is told, then the question, in each language."""
+    (en, answer_en), (zh, answer_zh) = asked["en"], asked["zh"]
+    return {"en": (f"{told.en} {en}", answer_en), "zh": (f"{told.zh}{zh}", answer_zh)}
 
 
 FAMILIES: dict[str, Callable[[random.Random, bool], Texts]] = {
@@ -444,8 +363,8 @@ def portrait(rng: random.Random, colour: int, animal: int) -> Word:
     beast = ANIMALS[animal]
     opening = rng.choice(
         (
-            Word(f"The {COLOURS[colour].en} {beast.en} lives", f"{COLOURS[colour].zh}的{beast.zh}住在"),
-            Word(f"The {COLOURS[colour].en} {beast.en} has a house", f"{COLOURS[colour].zh}的{beast.zh}的家在"),
+            Word(f"The {COLOURS[colour].en} {beast.en} lives", f"{COLOURS[colour].zh}{beast.zh}住在"),
+            Word(f"The {COLOURS[colour].en} {beast.en} has a house", f"{COLOURS[colour].zh}{beast.zh}的家在"),
         )
     )
     first = Word(f"{opening.en} {home(animal).en}.", f"{opening.zh}{home(animal).zh}。")
@@ -471,7 +390,7 @@ def describe(rng: random.Random, colour: int, animal: int, closing: Word) -> Wor
 
 
 def ask_describe(rng: random.Random, colour: int, animal: int) -> Word:
-    en, zh = f"{COLOURS[colour].en} {ANIMALS[animal].en}", f"{COLOURS[colour].zh}的{ANIMALS[animal].zh}"
+    en, zh = f"{COLOURS[colour].en} {ANIMALS[animal].en}", f"{COLOURS[colour].zh}{ANIMALS[animal].zh}"
     return Word(
         rng.choice(("Tell me about the {}.", "What is the {} like?", "Describe the {}.")).format(en),
         rng.choice(("介绍一下{}。", "{}是什么样的？", "说说{}。")).format(zh),
@@ -528,24 +447,21 @@ def page_captions(rng: random.Random, language: str) -> str:
     lines = []
     for _ in range(rng.randint(4, 6)):
         en, zh = draw_phrase(rng, False)
-        lines.append(f"{en} = {zh}" if language == "en" else f"{zh} = {en}")
-    return "\n".join([rng.choice(("A picture book", "Pictures")) if language == "en" else "图画书", *lines])
+        lines.append(f"Picture: {en} = {zh}" if language == "en" else f"图：{zh} = {en}")
+    return "\n".join(lines)
 
 
 def page_words(rng: random.Random, language: str) -> str:
-    tables = [COLOURS, NUMBERS, PLACES, THINGS, FOODS, tuple(Word(a.en, a.zh) for a in ANIMALS)]
-    table = list(rng.choice(tables))
+    table = list(rng.choice([COLOURS, NUMBERS, PLACES, THINGS, FOODS, [Word(a.en, a.zh) for a in ANIMALS]]))
     rng.shuffle(table)
-    lines = [f"{w.en} = {w.zh}" if language == "en" else f"{w.zh} = {w.en}" for w in table[:8]]
-    return "\n".join(lines)
+    return "\n".join(f"Word: {w.en} = {w.zh}" if language == "en" else f"词：{w.zh} = {w.en}" for w in table[:8])
 
 
 def page_opposites(rng: random.Random, language: str) -> str:
     lines = []
     for _ in range(rng.randint(3, 5)):
         said, turned = draw_opposite(rng, False)
-        joined = Word(f"{said.en} But {turned.en[0].lower()}{turned.en[1:]}", f"{said.zh[:-1]}，可是{turned.zh}")
-        lines.append(getattr(joined, language))
+        lines.append(f"{said.en} Opposite: {turned.en}" if language == "en" else f"{said.zh}反过来：{turned.zh}")
     return "\n".join(lines)
 
 
@@ -557,59 +473,55 @@ def tell_weights(rng: random.Random) -> Word:
 
 
 def page_weights(rng: random.Random, language: str) -> str:
-    lines = [getattr(tell_weights(rng), language) for _ in range(rng.randint(5, 8))]
-    head = {"en": "At the scales of the mill.", "zh": "在磨坊的秤上。"}[language]
-    return (" " if language == "en" else "").join([head, *lines])
+    lines = []
+    for _ in range(rng.randint(4, 6)):
+        lines.append(tell_weights(rng)[LANGUAGES.index(language)])
+        lines.extend(ask_compare(rng, False)[language])
+    return SPACE[language].join(lines)
 
 
 def page_owners(rng: random.Random, language: str) -> str:
+    """Who has what, then a question about each, in another order."""
     owners, _ = draw_owners(rng, False)
-    told = [tell_owner(*pair) for pair in owners]
-    parts = [getattr(line, language) for line in told]
-    for i in rng.sample(range(len(owners)), len(owners)):
-        thing = THINGS[owners[i][1]]
-        parts.append(f"Who has the {thing.en}?" if language == "en" else f"谁有{thing.zh}？")
-        parts.append(getattr(told[i], language))
-    return (" " if language == "en" else "").join(parts)
+    parts = [tell_owners(owners)[LANGUAGES.index(language)]]
+    for pair in rng.sample(owners, len(owners)):
+        parts.extend(query_owner(*pair)[language])
+    return SPACE[language].join(parts)
 
 
 def page_rows(rng: random.Random, language: str) -> str:
+    """A row, then what comes after each thing in it, and the things that are alone in their category."""
     row, _ = draw_row(rng, False)
-    told = tell_row(row)
-    parts = [f"In a row stand: {told.en}." if language == "en" else f"排成一排：{told.zh}。"]
-    for i in rng.sample(range(3), 3):
-        parts.append(getattr(tell_next(row[i], row[i + 1], rng.random() < 0.5), language))
-    parts.extend(getattr(tell_category(thing), language) for thing in rng.sample(row, 2))
-    return (" " if language == "en" else "").join(parts)
+    asked = [query_next(row[i], row[i + 1]) for i in range(3)]
+    kinds = [category_of(thing) for thing in row]
+    asked += [query_category(thing) for thing in row if kinds.count(category_of(thing)) == 1]
+    parts = [tell_row(row)[LANGUAGES.index(language)]]
+    for texts in rng.sample(asked, len(asked)):
+        parts.extend(texts[language])
+    return SPACE[language].join(parts)
 
 
 def page_story(rng: random.Random, language: str) -> str:
     """A walk through the valley: portraits, a meeting, what somebody carries, who is heavier."""
     colour, animal = draw_colour(rng, False)
-    kind, other = draw_kind(rng, False)
     owners, asked = draw_owners(rng, False)
     person, thing = PEOPLE[owners[asked][0]], THINGS[owners[asked][1]]
-    place = rng.choice(PLACES)
-    state = tell_state(rng.choice(KINDS[kind]), ANIMALS[other], rng.choice(rng.choice(STATES)))
-    said = phrase(rng.randrange(len(NUMBERS)), *draw_colour(rng, False), rng.randrange(len(PLACES)))
+    place, said = rng.choice(PLACES), draw_phrase(rng, False)
     parts = [
         Word(f"One day {person.en} walked through Seedling Valley.", f"有一天，{person.zh}走过小苗山谷。"),
         portrait(rng, colour, animal),
-        rng.choice((tell_weights(rng), state, tell_owner(*owners[asked]))),
+        rng.choice((tell_weights(rng), draw_opposite(rng, False)[0], tell_owner(*owners[asked]))),
         Word(f"There were {said.en}.", f"看，{said.zh}。"),
-        Word(
-            f"{person.en} found the {thing.en} {place.en} and went home.",
-            f"{person.zh}在{place.zh}找到了{thing.zh}，就回家了。",
-        ),
+        Word(f"{person.en} found the {thing.en} {place.en}.", f"{person.zh}在{place.zh}找到了{thing.zh}。"),
     ]
-    return (" " if language == "en" else "").join(getattr(part, language) for part in parts)
+    return SPACE[language].join(part[LANGUAGES.index(language)] for part in parts)
 
 
 PAGES: tuple[tuple[Callable[[random.Random, str], str], int], ...] = (
     (page_captions, 30),
     (page_words, 5),
     (page_opposites, 20),
-    (page_weights, 20),
+    (page_weights, 15),
     (page_owners, 35),
     (page_rows, 40),
     (page_story, 20),

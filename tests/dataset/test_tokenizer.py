@@ -1,4 +1,4 @@
-"""The shipped tokenizer: exact round trips, control tokens out of text's reach, ids equal to Hugging Face's."""
+"""The shipped tokenizer: exact round trips, control tokens out of reach, ids equal to Hugging Face's."""
 
 import json
 import os
@@ -8,10 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from dataset.tokenizer import (
@@ -22,6 +20,7 @@ from dataset.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from tests.dataset.foreign import make_foreign_folder
 
 DATA = Path(os.environ.get("SEEDLING_DATA", Path(__file__).parents[3] / "shared" / "data"))
 TOKENIZER = Tokenizer(DEFAULT_TOKENIZER)
@@ -88,7 +87,8 @@ def test_hugging_face_gives_the_same_ids_for_runs_of_one_character() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["ab", " -", "\n ", "  =", "aab", "0", "的", ". "]), st.integers(1, 9)), max_size=8
+        st.tuples(st.sampled_from(["ab", " -", "\n ", "  =", "aab", "0", "的", ". "]), st.integers(1, 9)),
+        max_size=8,
     )
 )
 def test_hugging_face_gives_the_same_ids_for_periodic_text(runs: list[tuple[str, int]]) -> None:
@@ -153,7 +153,7 @@ def test_any_ids_decode(ids: list[int]) -> None:
 
 
 def test_the_stream_holds_back_unfinished_characters() -> None:
-    first_byte = TOKENIZER.control_ids.__len__()
+    first_byte = len(TOKENIZER.control_ids)
     stream = TOKENIZER.stream_decoder()
     assert [stream.push(first_byte + byte) for byte in "世".encode()] == ["", "", "世"]
     assert stream.push(first_byte + 0xE4) == "" and stream.flush() == "\ufffd"
@@ -206,28 +206,6 @@ def test_folders_without_our_tokenizer_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="not this project's tokenizer"):
         Tokenizer(tmp_path)
-
-
-CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}\
-{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content }}\
-{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + (c.function.arguments | tojson) + '</call>' }}{% endfor %}\
-{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-def make_foreign_folder(folder: Path, template: str | None = CHATML) -> Path:
-    """A byte-level tokenizer without merges, as Llama 3 and Qwen3 have it: one id a byte, and three special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])  # 256, 257, 258
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,9 @@ def test_one_plain_line_a_record_where_there_is_no_terminal(tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
 def test_a_bar_where_there_is_a_terminal(tmp_path):
+    import fcntl
     import pty
+    import termios
 
     program = """
 import sys
@@ -106,8 +108,9 @@ with Metrics(Path(sys.argv[1]), {}, stage="dpo", total_steps=40, start_step=10) 
     metrics.advance(40)
 """
     terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     command = [sys.executable, "-c", program, str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, stderr=end, check=True, timeout=120, env=os.environ | {"COLUMNS": "160"})
+    subprocess.run(command, cwd=ROOT, stderr=end, check=True, timeout=120)
     os.close(end)
     shown = b""
     try:
@@ -250,14 +253,25 @@ def test_wandb_is_told_how_the_run_ended(tmp_path, offline, raised, code):
     assert [r.exit.exit_code for r in wandb_records(tmp_path) if r.WhichOneof("record_type") == "exit"] == [code]
 
 
-def test_wandb_without_a_login_says_how_to_go_on(tmp_path, offline, monkeypatch):
-    run(tmp_path, [10])
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing answers there
-    monkeypatch.setenv("WANDB_API_KEY", "not-a-key")
-    with pytest.raises(ValueError, match="WANDB_MODE=offline.*leave --use_wandb out"):
-        run(tmp_path, [10], use_wandb=True)
-    assert [line["step"] for line in lines(tmp_path)] == [10]  # what an earlier run left is still there
+def test_wandb_without_a_login_says_how_to_go_on(tmp_path, offline):
+    run(tmp_path / "run", [10])
+    program = """
+import sys
+from pathlib import Path
+from training.metrics import Metrics
+try:
+    Metrics(Path(sys.argv[1]), {}, stage="pretrain", total_steps=9, use_wandb=True)
+except ValueError as error:
+    print(error)
+"""
+    # a home without a stored login, and a server that nobody could reach by accident
+    environment = os.environ | {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "run")],
+        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "WANDB_MODE=offline" in done.stdout and "leave --use_wandb out" in done.stdout, done.stderr
+    assert [line["step"] for line in lines(tmp_path / "run")] == [10]  # what an earlier run left is still there
 
 
 # TensorBoard ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,372 @@
+"""Talk to a model, or score it on files.
+
+python eval_model.py                                               the newest out/full_sft_*
+python eval_model.py --model_mode 1 --n_layers 16 --dim 768        0 pretrain, 1 full_sft, 2 dpo: out/full_sft_768
+python eval_model.py --model FOLDER --prompt "Who are you?"        one answer of any Llama- or Qwen3-family folder
+python eval_model.py --score val.jsonl pairs.jsonl --json          loss, bits per byte, exact match, preferences
+
+Answers go to stdout, everything else to stderr, so `echo "Hi" | python eval_model.py > answers.txt` holds answers alone.
+Tool calls that a model writes are shown; nothing here runs them.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+import typing
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dataset import load_tokenizer, render_chat
+from dataset.records import SCRIPT, STAGES
+from model import GPT, GPTConfig, load_config, load_pretrained, stream
+from model.generate import check_arguments
+from training.config import SHAPE_FLAGS, Config, Parser, convert, unknown_name
+from training.distributed import World, pick_device, pick_dtype
+from training.scoring import Result, score_file
+
+FOLDER_FLAGS = (*SHAPE_FLAGS, "max_seq_len")  # must agree with the folder's config.json where they are given
+
+HELP = """\
+/reset         forget the conversation
+/system TEXT   set the system prompt (without TEXT: remove it)
+/save FILE     append the conversation to FILE, as a row to train on
+/help          this list
+/exit          leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line on stderr for what the user did wrong."""
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    try:
+        run(parse_arguments(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # 1. Which folder
+    folder = find_folder(arguments)
+    check_shape(arguments, load_config(folder), folder)
+
+    # 2. Model and tokenizer
+    device = pick_device(arguments.device, World())
+    # the CPU stays at full precision unless asked: its answers do not depend on the machine then
+    dtype = pick_dtype("float32" if (arguments.dtype, device.type) == ("auto", "cpu") else arguments.dtype, device)
+    model, tokenizer = load_pretrained(folder, device, dtype), load_tokenizer(folder)
+    say(
+        f"{folder}: {model.num_parameters() / 1e6:.1f} M parameters, context {model.config.max_seq_len}, "
+        f"on {device} in {str(dtype).removeprefix('torch.')}"
+    )
+
+    # 3. Score, answer once, or talk
+    if arguments.score:
+        reference = load_pretrained(arguments.reference, device, dtype) if arguments.reference else None
+        score(model, tokenizer, reference, arguments)
+        return
+    check_arguments(model, [[0]], **sampling(arguments))
+    raw = arguments.raw or folder.name.startswith("pretrain_")
+    session = Session(model, tokenizer, sampling(arguments), arguments.seed, arguments.system, raw)
+    if arguments.prompt is not None:
+        show(session, arguments.prompt)
+    elif sys.stdin.isatty():
+        talk(session)
+    else:
+        sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        for line in sys.stdin:
+            if line.strip():
+                show(session, line.rstrip("\r\n"))
+
+
+# Flags ----------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Raises ValueError for an unknown flag, naming the nearest, and for flags that do not go together."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    which = parser.add_argument_group("which model")
+    which.add_argument("--model_mode", type=int, choices=(0, 1, 2), default=1, help="0 pretrain, 1 full_sft, 2 dpo [1]")
+    which.add_argument("--out_dir", default="out", help="where run folders {stage}_{dim} live [out]")
+    which.add_argument("--model", metavar="FOLDER", help="open this folder instead: ours, or any Llama or Qwen3 one")
+    hints = typing.get_type_hints(Config)
+    for name in FOLDER_FLAGS:
+        kind = partial(convert, kind=hints[name], name=f"--{name}")
+        which.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    which.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    which.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[auto]")
+    talking = parser.add_argument_group("talking")
+    talking.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    talking.add_argument("--system", metavar="TEXT", help="system prompt")
+    talking.add_argument(
+        "--raw", action="store_true", help="continue the text instead of chatting (pretrained models do)"
+    )
+    talking.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, tokens [256]")
+    talking.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token [0.7]")
+    talking.add_argument("--top_k", type=int, default=0, help="of the k likeliest tokens, 0: of all [0]")
+    talking.add_argument("--top_p", type=float, default=0.9, help="of the likeliest that make up this share [0.9]")
+    talking.add_argument("--repetition_penalty", type=float, default=1.0, help="1: none [1]")
+    talking.add_argument("--seed", type=int, help="makes answers repeatable")
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--score", nargs="+", metavar="FILE.jsonl", help="measure the model on these rows")
+    scoring.add_argument("--reference", metavar="FOLDER", help="for preference rows: the model that DPO started from")
+    scoring.add_argument("--batch_size", type=int, default=16, help="rows at a time [16]")
+    scoring.add_argument("--max_rows", type=int, default=0, help="only the first rows of a file, 0: all [0]")
+    scoring.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(unknown_name(unknown[0], list(vars(arguments)), "flag", "--"))
+    if arguments.score and arguments.prompt is not None:
+        raise ValueError("--score and --prompt are two different things to do; give one of them")
+    if not arguments.score and (arguments.json or arguments.reference):
+        raise ValueError("--json and --reference belong to --score FILE.jsonl")
+    if arguments.batch_size < 1 or arguments.max_rows < 0:
+        raise ValueError("--batch_size must be at least 1 and --max_rows at least 0")
+    return arguments
+
+
+def find_folder(arguments: argparse.Namespace) -> Path:
+    """The model folder that the flags mean. Raises FileNotFoundError with what to run or to give."""
+    if arguments.model:
+        return Path(arguments.model)
+    out_dir, stage = Path(arguments.out_dir), STAGES[arguments.model_mode]
+    trained = {p.parent for p in out_dir.glob("*/model.safetensors") if re.fullmatch(r"[a-z_]+_\d+", p.parent.name)}
+    wanted = out_dir / f"{stage}_{arguments.dim or '*'}"
+    found = sorted(
+        (p for p in trained if p.match(wanted.name)), key=lambda p: (p / "model.safetensors").stat().st_mtime
+    )
+    if found:
+        return found[-1]
+    there = ", ".join(sorted(p.name for p in trained)) or "none"
+    dim = f" --dim {arguments.dim}" if arguments.dim else ""
+    raise FileNotFoundError(
+        f"{wanted}/model.safetensors is not there (models in {out_dir}: {there}): run `python {SCRIPT[stage]}{dim}` first, "
+        "or give another --model_mode (0 pretrain, 1 full_sft, 2 dpo), --dim or --out_dir, or --model FOLDER"
+    )
+
+
+def check_shape(arguments: argparse.Namespace, config: GPTConfig, folder: Path) -> None:
+    """Raise ValueError for a shape flag that is not what config.json says."""
+    for name in FOLDER_FLAGS:
+        given, found = getattr(arguments, name), getattr(config, name)
+        if given is not None and given != found:
+            raise ValueError(
+                f"--{name} {given} contradicts {folder}/config.json, which has {name} {found}; leave it out"
+            )
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+    return {name: getattr(arguments, name) for name in names}
+
+
+# Talking --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Session:
+    """One conversation; or, with `raw`, texts continued one by one."""
+
+    model: GPT
+    tokenizer: Any
+    settings: dict[str, Any]
+    seed: int | None = None
+    system: str | None = None
+    raw: bool = False
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    forgotten: int = 0  # messages at the beginning that the context has no room for any more
+    answers: int = 0
+
+    def conversation(self, start: int = 0) -> list[dict[str, Any]]:
+        """The messages from `start` on, after the system prompt."""
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages[start:]
+
+    def answer(self, text: str) -> Generator[str, None, None]:
+        """Yield the answer to `text` piece by piece. What came is kept, also when it is stopped halfway.
+
+        Raises ValueError for a text that leaves no room for an answer; it is then no part of the conversation.
+        """
+        prompt, start = self.prompt(text)
+        if start > self.forgotten:
+            say(f"[context full: the {start - self.forgotten} oldest messages are left out from here on]")
+            self.forgotten = start
+        ids: list[int] = []
+        try:
+            yield from self.generate(prompt, ids)
+        finally:
+            if not self.raw:
+                answer = parse_answer(self.tokenizer.decode(ids, skip_control=False))
+                self.messages += [{"role": "user", "content": text}, answer]
+
+    def prompt(self, text: str) -> tuple[list[int], int]:
+        """Prompt ids for a new message, and the first message they hold: the oldest are left out where there is no room."""
+        if self.raw:
+            bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+            return [*bos, *self.tokenizer.encode(text)], 0
+        context = self.model.config.max_seq_len
+        reserve = min(self.settings["max_new_tokens"], context // 4)  # tokens kept free for the answer
+        for start in range(self.forgotten, len(self.messages) + 1, 2):
+            messages = [*self.conversation(start), {"role": "user", "content": text}]
+            ids = render_chat(self.tokenizer, messages, add_generation_prompt=True).ids
+            if len(ids) + reserve <= context:
+                break
+        if len(ids) >= context:
+            raise ValueError(
+                f"this message and the system prompt are {len(ids)} tokens; the context is {context}: shorten them"
+            )
+        return ids, start
+
+    def generate(self, prompt: list[int], ids: list[int]) -> Generator[str, None, None]:
+        """Yield text as it is generated, its tokens going into `ids`; say where the length cut it."""
+        seed = None if self.seed is None else self.seed + self.answers
+        self.answers += 1
+        decoder = self.tokenizer.stream_decoder(skip_control=False)
+        stop_ids = self.tokenizer.stop_ids
+        for (token,) in stream(self.model, [prompt], stop_ids=stop_ids, seed=seed, **self.settings):
+            assert token is not None
+            if token in stop_ids:
+                yield decoder.flush()
+                return
+            ids.append(token)
+            yield decoder.push(token)
+        yield decoder.flush()
+        limit = self.settings["max_new_tokens"]
+        why = (
+            f"--max_new_tokens {limit}"
+            if len(ids) >= limit
+            else f"context of {self.model.config.max_seq_len} tokens full"
+        )
+        say(f"\n[cut: {why}]")
+
+
+def parse_answer(text: str) -> dict[str, Any]:
+    """An answer's text with its control tokens' names -> message, so that it is rendered again as it was written.
+
+    "<think>2+2</think>4" -> {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
+    """
+    message: dict[str, Any] = {"role": "assistant"}
+    if thought := re.match(r"\s*<think>(.*?)</think>", text, re.DOTALL):
+        message["reasoning_content"], text = thought[1], text[thought.end() :]
+    form = r"<tool_call>(.*?)</tool_call>"
+    try:
+        calls = [json.loads(call) for call in re.findall(form, text, re.DOTALL)]
+    except ValueError:  # not a call that could be rendered: it stays in the text
+        calls = []
+    if calls and all(isinstance(call, dict) for call in calls):
+        message["tool_calls"], text = calls, re.sub(form, "", text, flags=re.DOTALL)
+    return message | {"content": text}
+
+
+def show(session: Session, text: str) -> None:
+    with contextlib.closing(session.answer(text)) as parts:  # closed also by Ctrl-C: what came is kept
+        for part in parts:
+            print(part, end="", flush=True)
+    print(flush=True)
+
+
+def say(text: str) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+
+
+def talk(session: Session) -> None:
+    """Read messages and commands from a terminal until /exit or Ctrl-D."""
+    with contextlib.suppress(ImportError):  # Windows has it built in
+        import readline  # noqa: F401 - gives input() line editing and history
+    say("continuing texts; /help lists commands" if session.raw else "chatting; /help lists commands")
+    while True:
+        try:
+            print()
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            say("\n[Ctrl-D or /exit leaves]")
+            continue
+        if line == "/exit":
+            return
+        try:
+            if line.startswith("/"):
+                command(session, line)
+            elif line:
+                show(session, line)
+        except KeyboardInterrupt:
+            say("\n[stopped]")
+        except (ValueError, OSError) as error:
+            say(f"error: {error}")
+
+
+def command(session: Session, line: str) -> None:
+    """Do one /command. Raises ValueError for one that there is not, OSError where a file cannot be written."""
+    name, _, text = line.partition(" ")
+    if name == "/reset":
+        session.messages, session.forgotten = [], 0
+        say("[conversation forgotten]")
+    elif name == "/system":
+        session.system = text.strip() or None
+        say("[system prompt set]" if session.system else "[system prompt removed]")
+    elif name == "/save":
+        if not text.strip() or not session.messages:
+            raise ValueError("/save needs a file name, and a conversation to save")
+        row = {"conversations": session.conversation()}
+        path = Path(text.strip()).expanduser()
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        say(f"[appended to {path}]")
+    elif name == "/help":
+        say(HELP)
+    else:
+        raise ValueError(f"there is no command {name}; /help lists them")
+
+
+# Scoring --------------------------------------------------------------------------------------------------------
+
+
+def score(model: GPT, tokenizer: Any, reference: GPT | None, arguments: argparse.Namespace) -> None:
+    """Print what was measured on each file."""
+    results = []
+    for path in arguments.score:
+        result = score_file(
+            model, tokenizer, path, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
+            max_rows=arguments.max_rows, reference=reference,
+        )  # fmt: skip
+        if arguments.json:
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+        results.append(result)
+    if not arguments.json:
+        print_table(results)
+
+
+def print_table(results: list[Result]) -> None:
+    """One column a file, one line a number."""
+    table = Table("", *(Path(result["file"]).name for result in results))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    names = dict.fromkeys(name for result in results for name in result if name != "file")
+    for name in names:
+        table.add_row(name.replace("_", " "), *(shown(result.get(name)) for result in results))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{count:,} {reason}" for reason, count in value.items()) or "0"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What all tests share: tiny models, the shipped tokenizer, and the folder of real data where there is one."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+import torch
+
+from dataset import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)
+
+TINY = {"vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 48, "max_seq_len": 64}
+
+
+@torch.no_grad()
+def spread_weights(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights far from their small initial values, norms too, so that a wrong use of any of them shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else 0.3 * noise)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., GPT]:
+    """make_model(**changes to TINY) -> GPT in eval mode with well-spread weights, the same at every call."""
+
+    def make(seed: int = 0, **changes: object) -> GPT:
+        model = GPT(GPTConfig(**(TINY | changes)))  # type: ignore[arg-type]
+        spread_weights(model, seed)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(DEFAULT_TOKENIZER)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real data in {pretrain,sft,dpo,eval}/, at $SEEDLING_DATA. Tests that ask for it are skipped without it."""
+    folder = Path(os.environ.get("SEEDLING_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; set SEEDLING_DATA to run this test")
+    return folder

@@ -1,0 +1,117 @@
+"""Runs the real entry scripts in real processes, on small data made here."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--n_layers",
+    "2",
+    "--n_heads",
+    "4",
+    "--n_kv_heads",
+    "2",
+    "--max_seq_len",
+    "64",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+]
+SCRIPTS = {"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py", "dpo": "train_dpo.py"}
+WORDS = "the a red blue small old cat dog fox bird sees likes finds near under house tree river and then again 猫 狗 看见 喜欢 红色 房子".split()
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sentence(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def make_data(folder: Path, rows: int = 60, seed: int = 0) -> dict[str, Path]:
+    """One small file a stage, with answers of very different lengths (so that ranks get unequal supervised tokens)."""
+    rng = random.Random(seed)
+    text = [{"text": f"{i} {sentence(rng, 3, 60)}"} for i in range(rows)]
+    chats, pairs = [], []
+    for i in range(rows):
+        question = {"role": "user", "content": f"{i} {sentence(rng, 1, 12)}?"}
+        answers = [{"role": "assistant", "content": sentence(rng, 1, 25)} for _ in range(2)]
+        chats.append({"conversations": [question, answers[0]]})
+        pairs.append({"chosen": [question, answers[0]], "rejected": [question, answers[1]]})
+    return {
+        "pretrain": write_jsonl(folder / "pretrain.jsonl", text),
+        "full_sft": write_jsonl(folder / "sft.jsonl", chats),
+        "dpo": write_jsonl(folder / "dpo.jsonl", pairs),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "160",
+    }
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | quiet | extra
+
+
+def command(stage: str, *flags: Any, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return [*launcher, str(ROOT / SCRIPTS[stage]), *map(str, flags)]
+
+
+def run(
+    stage: str, *flags: Any, ranks: int = 1, check: bool = True, timeout: float = 300, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run one entry script in a process of its own (several under torchrun); a failure shows all it printed."""
+    done = subprocess.run(
+        command(stage, *flags, ranks=ranks),
+        cwd=ROOT,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def train_here(stage: str, *flags: Any) -> None:
+    """Run one entry script's main in this process, which saves the seconds that importing torch takes."""
+    import train_dpo
+    import train_full_sft
+    import train_pretrain
+    from training import DPOConfig, PretrainConfig, SFTConfig, load_config
+
+    main, config = {
+        "pretrain": (train_pretrain.main, PretrainConfig),
+        "full_sft": (train_full_sft.main, SFTConfig),
+        "dpo": (train_dpo.main, DPOConfig),
+    }[stage]
+    main(load_config(config, [str(flag) for flag in flags]))  # type: ignore[operator,arg-type]
+
+
+def metrics(out_dir: Path, stage: str, dim: int = 32) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out_dir / f"{stage}_{dim}" / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out_dir: Path, stage: str, dim: int = 32) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in metrics(out_dir, stage, dim)}

@@ -1,0 +1,93 @@
+"""Training a tokenizer: the sample it takes, and a folder that works as the shipped one does."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from dataset.tokenizer import CONTROL_TOKENS, DEFAULT_TOKENIZER, load_tokenizer
+from scripts.train_tokenizer import WORD, derive_merges, main, parse_arguments, read_documents, sample
+
+ENGLISH = ["the", "of", "and", "to", "in", "that", "he", "was", "with", "for", "his", "as", "on", "at", "by"]
+CHINESE = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜"
+
+
+def write_rows(folder: Path) -> list[str]:
+    """Two files of made-up documents, one of them compressed."""
+    draw = random.Random(0)
+    english = [" ".join(draw.choices(ENGLISH, k=60)) + ".\n\n\tnext(x)\n" for _ in range(200)]
+    chinese = ["".join(draw.choices(CHINESE, k=60)) + "，但是。\n" for _ in range(200)]
+    (folder / "en.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in english))
+    with gzip.open(folder / "zh.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps({"text": text}) for text in chinese))
+    return [str(folder / "en.jsonl"), str(folder / "zh.jsonl.gz")]
+
+
+def test_a_trained_folder_works_and_is_the_same_every_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data_path", *write_rows(tmp_path), "--vocab_size", "450", "--held_out", "0.1"]
+    for name in ("one", "two"):
+        main([*flags, "--out_dir", str(tmp_path / name)])
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in DEFAULT_TOKENIZER.iterdir())
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    ours, theirs = load_tokenizer(tmp_path / "one"), AutoTokenizer.from_pretrained(str(tmp_path / "one"))
+    assert ours.vocab_size == len(theirs) == 450
+    text = " the and  天地\n\n\tthe。\r\n"
+    assert ours.decode(ours.encode(text)) == text
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("en.jsonl", "zh.jsonl.gz", "all Chinese", "all other"))
+
+
+def test_the_sample_keeps_its_bounds(tmp_path: Path) -> None:
+    paths = write_rows(tmp_path)
+    flags = ["--max_bytes", "20000", "--chinese_share", "0.25", "--held_out", "0.1", "--out_dir", "x"]
+    options = parse_arguments(["--data_path", *paths, *flags])
+    files = {path: read_documents(path) for path in paths}
+    chosen = sample(files, options)
+    chinese = sum(document.size for document in chosen if document.chinese)
+    other = sum(document.size for document in chosen if not document.chinese)
+    assert 4500 < chinese <= 5000 and 14000 < other <= 15000
+    assert min(document.order for document in chosen) >= 0.1
+    assert chosen == sample(dict(reversed(files.items())), options)
+
+
+def test_one_file_cannot_give_more_than_its_cap(tmp_path: Path) -> None:
+    paths = write_rows(tmp_path)
+    options = parse_arguments(["--data_path", *paths, "--out_dir", "x", "--max_bytes_per_file", "3000"])
+    assert sum(document.size for document in sample({p: read_documents(p) for p in paths}, options)) <= 6000
+
+
+def test_words_lose_nothing_and_stop_where_they_should() -> None:
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
+    assert "".join(WORD.findall(everything)) == everything
+    assert WORD.findall("I don't,\n\n (see_it) 12") == [
+        "I",
+        " don",
+        "'t",
+        ",\n\n",
+        " (",
+        "see",
+        "_it",
+        ")",
+        " ",
+        "1",
+        "2",
+    ]
+    assert WORD.findall("他说，但是。\n") == ["他说", "，但是", "。\n"]
+
+
+def test_merges_are_all_ways_to_join_two_pieces() -> None:
+    pieces = [*CONTROL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), "aa", "aaa", "ab", "a", "b"]
+    assert derive_merges(pieces) == [("a", "a"), ("a", "aa"), ("aa", "a"), ("a", "b")]
+
+
+def test_bad_rows_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n{"txt": "x"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: found '\{\"txt\""):
+        read_documents(str(path))
