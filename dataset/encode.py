@@ -23,7 +23,6 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
-from dataset import chat, records
 from dataset.chat import render_chat
 from dataset.records import DataError, Row, Stage, read_rows
 
@@ -143,12 +142,15 @@ class Encoder:
 
     def rows(self) -> Iterator[Row]:
         """The checked rows of this part, counted."""
-        bad = None if self.rules.part == "val" else self.report.bad  # both parts read all lines; bad ones are told once
+        bad: list[str] = []
         for row in read_rows(self.paths, self.rules.stage, self.rules.on_bad_row, bad):  # type: ignore[arg-type]
             if self.rules.part != "all" and (self.rules.part == "val") != is_held_out(row, self.rules):
                 continue
             self.report.read += 1
             yield row
+        if self.rules.part != "val":  # both parts read all lines; a line that is no row is told once
+            self.report.read += len(bad)
+            self.report.bad += bad
 
     def encode(self, rows: list[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
         """Each row with its columns; rows that are dropped are counted and left out."""

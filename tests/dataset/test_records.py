@@ -130,7 +130,10 @@ def test_only_a_line_feed_ends_a_line(read):
 
 def test_a_row_of_3_megabytes(read):
     text = "0123456789" * 300_000
-    assert [row.value["text"] for row in read("pretrain", line({"text": text}) + b"\n" + line({"text": "b"}))] == [text, "b"]
+    assert [row.value["text"] for row in read("pretrain", line({"text": text}) + b"\n" + line({"text": "b"}))] == [
+        text,
+        "b",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\r\n", b"\xef\xbb\xbf"])
