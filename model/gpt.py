@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from model.config import GPTConfig
 
 IGNORE = -100  # a label that is not learnt
-LOSS_CHUNK = 2048  # tokens whose logits are held at a time: 2048 x 6400 float32 are 52 MB
+# tokens whose logits are held at a time; a CPU is fastest where they fit its cache (512 x 6400 float32 are 13 MB)
+LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
 
 
 class RMSNorm(nn.Module):
@@ -58,16 +59,16 @@ def rope_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
 
 
 def rotary(position_ids: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, float32, each (batch, 1, sequence, head_dim)."""
+    """Cosine and sine of every position's angles, float32, each (batch, 1, sequence, head_dim / 2)."""
     angles = position_ids[:, None, :, None].float() * rope_frequencies(config, position_ids.device)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn (batch, heads, sequence, head_dim); channel i is paired with i + head_dim / 2 (Hugging Face's layout)."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class KVCache:
@@ -260,7 +261,7 @@ class GPT(nn.Module):
                 document. None: each row is one document.
             labels: (batch, sequence), already shifted (labels[i] is the token after input_ids[i]), -100 where
                 nothing is to be learnt. The result is then -log p(label), nats, float32 (batch, sequence), 0 at
-                ignored places; the logits are made and dropped LOSS_CHUNK tokens at a time.
+                ignored places; the logits are made and dropped a chunk of tokens at a time.
             cache: earlier tokens' keys and values; input_ids are the tokens after them.
         """
         hidden = self.model(input_ids, position_ids, cache)
@@ -276,9 +277,10 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """token_nll over (batch, sequence), a chunk at a time, each chunk's logits recomputed in the backward pass."""
+    chunk = LOSS_CHUNK[hidden.device.type]
     flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
     losses = [
         checkpoint(token_nll, h, weight, y, use_reentrant=False) if torch.is_grad_enabled() else token_nll(h, weight, y)
-        for h, y in zip(flat.split(LOSS_CHUNK), flat_labels.split(LOSS_CHUNK), strict=True)
+        for h, y in zip(flat.split(chunk), flat_labels.split(chunk), strict=True)
     ]
     return torch.cat(losses).view_as(labels)

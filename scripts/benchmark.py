@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from dataset import Loader
-from training import DPO, DPOConfig, NextToken, PretrainConfig, SFTConfig, build_engine, load_config
+from training import DPO, DPOConfig, NextToken, PretrainConfig, SFTConfig, build_engine
 from training.config import Config
 from training.metrics import flops_per_token, peak_memory_mb
 from training.objectives import Objective

@@ -260,7 +260,7 @@ def test_text_moved_from_one_file_to_the_next_is_another_fingerprint(tmp_path, t
         paths = [str(tmp_path / f"{i}.jsonl") for i in range(len(contents))]
         return encode_files(paths, tokenizer, Rules("pretrain", 8), tmp_path / "cache").fingerprint
 
-    a, b, c = ('{"text": "%s"}\n' % x for x in "abc")
+    a, b, c = (json.dumps({"text": x}) + "\n" for x in "abc")
     assert len({fingerprint(a, b + c), fingerprint(a + b, c), fingerprint(b + c, a)}) == 3
 
 

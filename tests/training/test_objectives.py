@@ -1,0 +1,149 @@
+"""Sums and weights of the objectives, and DPO against its paper written out plainly."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dataset.batch import IGNORE, Batch
+from dataset.loader import EMPTY_ROW, PairRows, TextRows
+from tests.dataset.test_loader import encoded
+from training import DPO, NextToken
+from training.objectives import sequence_logps
+
+DOCUMENTS = [[1, 21, 22, 23, 2], [1, 31, 2], [1, 41, 42, 43, 44, 45, 46, 2]]
+PROMPT = [1, 5, 6]
+CHOSEN = [[20, 8], [40, 41, 42, 8], [51, 8], [60]]
+REJECTED = [[30, 31, 8], [50, 8], [52, 53, 8], [61, 62, 8]]
+REFERENCE = torch.tensor([[-9.0, -20.0], [-30.0, -11.0], [-12.5, -21.0], [-4.0, -15.0]])
+
+
+def pair_rows() -> PairRows:
+    columns = {
+        "chosen": [PROMPT + a for a in CHOSEN],
+        "rejected": [PROMPT + a for a in REJECTED],
+        "prompt": [3] * 4,
+    }
+    rows = PairRows(encoded("dpo", **columns), max_seq_len=12, pad_id=3)
+    rows.reference = REFERENCE.numpy()
+    return rows
+
+
+def answer_logp(model, answer: list[int]) -> torch.Tensor:
+    """log p(answer | prompt), nats, a token at a time, unpacked."""
+    ids = PROMPT + answer
+    logp = model(torch.tensor([ids]))[0].double().log_softmax(-1)
+    return sum((logp[place - 1, ids[place]] for place in range(len(PROMPT), len(ids))), torch.tensor(0.0))
+
+
+def gradient(loss: torch.Tensor, model) -> torch.Tensor:
+    return torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_next_token_is_a_sum_over_supervised_tokens(make_model):
+    model = make_model()
+    rows = TextRows(encoded("pretrain", ids=DOCUMENTS), 10, 3)
+    batch = rows.collate([0, 1, EMPTY_ROW])
+    sizes = torch.arange(97)  # pretend that token i stands for i bytes
+    objective = NextToken(sizes)
+    loss, sums = objective(model, batch)
+    plain = sum(F.cross_entropy(model(torch.tensor([d[:-1]]))[0], torch.tensor(d[1:]), reduction="sum") for d in DOCUMENTS)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert sums["loss"].item() == loss.item() and not sums["loss"].requires_grad
+    assert objective.weight(batch) == 13
+    assert sums["bytes"].item() == sum(sum(d[1:]) for d in DOCUMENTS)
+
+
+def test_means_and_bits_per_byte_are_taken_once():
+    metrics = NextToken(torch.ones(3)).metrics({"loss": 8.0, "bytes": 16.0}, 4.0)
+    assert metrics == {"loss": 2.0, "bpb": pytest.approx(0.5 / math.log(2))}
+    assert NextToken().metrics({"loss": 8.0}, 4.0) == {"loss": 2.0}
+
+
+def test_an_update_of_padding_alone_is_nothing(make_model):
+    model = make_model()
+    batch = TextRows(encoded("pretrain", ids=DOCUMENTS), 10, 3).collate([EMPTY_ROW])
+    loss, sums = NextToken(torch.ones(97))(model, batch)
+    assert loss.item() == 0 and NextToken().weight(batch) == 0
+    assert not gradient(loss, model).any()
+    assert NextToken(torch.ones(97)).metrics({k: float(v) for k, v in sums.items()}, 0.0) == {"loss": 0.0}
+    pairs = pair_rows().collate([EMPTY_ROW])
+    loss, _ = DPO()(model, pairs)
+    assert loss.item() == 0 and DPO().weight(pairs) == 0
+    assert not gradient(loss, model).any()
+
+
+def test_bytes_are_counted_for_supervised_labels_alone():
+    ids = torch.tensor([[1, 2, 3]])
+    batch = Batch(ids, torch.tensor([[5, IGNORE, 7]]), torch.tensor([[0, 1, 2]]), [0], 3, 2)
+
+    class Flat(torch.nn.Module):
+        def forward(self, input_ids, position_ids, labels):
+            return torch.zeros(labels.shape)
+
+    assert NextToken(torch.arange(10) + 100)(Flat(), batch)[1]["bytes"].item() == 105 + 107
+
+
+def test_log_probabilities_of_packed_answers_are_those_of_the_answers_alone(make_model):
+    model = make_model()
+    rows = pair_rows()
+    assert len(rows) == 2  # 9 + 10 + 9 + 8 places, rows of 24: answers share rows
+    batch = rows.collate([1, EMPTY_ROW, 0])
+    expected = [[answer_logp(model, CHOSEN[i]), answer_logp(model, REJECTED[i])] for i in batch.pair_ids]
+    torch.testing.assert_close(sequence_logps(model, batch).double(), torch.tensor(expected).double(), atol=1e-4, rtol=1e-6)
+    assert sorted(batch.pair_ids) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.5])
+def test_dpo_is_equation_7_of_its_paper_and_its_gradient(make_model, beta):
+    """Rafailov et al. 2023, section 4: the loss, and the gradient as the paper writes it out:
+
+    grad = -beta * sum over pairs of sigmoid(r(rejected) - r(chosen)) * (grad log p(chosen) - grad log p(rejected))
+    """
+    model = make_model()
+    batch = pair_rows().collate([0, 1])
+    loss, sums = DPO(beta)(model, batch)
+    chosen = torch.stack([answer_logp(model, CHOSEN[i]) for i in range(4)])
+    rejected = torch.stack([answer_logp(model, REJECTED[i]) for i in range(4)])
+    reward = {
+        "chosen": [beta * (chosen[i].item() - REFERENCE[i, 0].item()) for i in range(4)],
+        "rejected": [beta * (rejected[i].item() - REFERENCE[i, 1].item()) for i in range(4)],
+    }
+    margins = [a - b for a, b in zip(reward["chosen"], reward["rejected"], strict=True)]
+    expected_loss = sum(math.log1p(math.exp(-m)) if m > 0 else -m + math.log1p(math.exp(m)) for m in margins)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
+
+    weights = torch.tensor([1 / (1 + math.exp(m)) for m in margins], dtype=torch.float64)
+    expected = gradient((-beta * weights * (chosen - rejected)).sum(), model)
+    assert relative(gradient(loss, model), expected) < 1e-5
+
+    metrics = DPO(beta).metrics({name: float(value) for name, value in sums.items()}, 4.0)
+    assert tuple(sums) == DPO.names
+    assert metrics["loss"] == pytest.approx(expected_loss / 4, rel=1e-5)
+    assert metrics["chosen_reward"] == pytest.approx(sum(reward["chosen"]) / 4, rel=1e-4)
+    assert metrics["rejected_reward"] == pytest.approx(sum(reward["rejected"]) / 4, rel=1e-4)
+    assert metrics["reward_margin"] == pytest.approx(sum(margins) / 4, rel=1e-4)
+    assert metrics["reward_accuracy"] == sum(m > 0 for m in margins) / 4
+    assert metrics["drift"] == pytest.approx((chosen - REFERENCE[:, 0]).mean().item(), rel=1e-4)
+
+
+def test_dpo_starts_at_log_2(make_model):
+    model = make_model()
+    batch = pair_rows().collate([0, 1])
+    batch.reference = sequence_logps(model, batch).detach()
+    _, sums = DPO()(model, batch)
+    assert sums["loss"].item() == pytest.approx(4 * math.log(2))
+    assert sums["chosen_reward"].item() == sums["rejected_reward"].item() == sums["reward_accuracy"].item() == 0
+
+
+def test_how_pairs_are_batched_does_not_matter(make_model):
+    model = make_model()
+    rows = pair_rows()
+    together = DPO()(model, rows.collate([0, 1]))[0]
+    apart = DPO()(model, rows.collate([1]))[0] + DPO()(model, rows.collate([0]))[0]
+    assert relative(gradient(apart, model), gradient(together, model)) < 1e-5

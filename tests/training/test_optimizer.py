@@ -1,0 +1,108 @@
+"""Which weights decay, which go to Muon, and learning rates worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from training import PretrainConfig
+from training.optimizer import build_optimizers, learning_rate
+
+
+def groups(model, optimizer) -> list[tuple[float, set[str]]]:
+    """(weight decay, names) of an optimizer's groups."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [(g["weight_decay"], {names[id(p)] for p in g["params"]}) for g in optimizer.param_groups]
+
+
+def expected_names(model) -> tuple[set[str], set[str], set[str]]:
+    """(hidden matrices, head, the rest)."""
+    names = {name for name, _ in model.named_parameters()}
+    hidden = {name for name in names if "_proj.weight" in name}
+    head = names & {"lm_head.weight"}
+    return hidden, head, names - hidden - head
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_matrices_decay_norms_and_embeddings_do_not(make_model, tied, qk_norm):
+    model = make_model(tie_embeddings=tied, qk_norm=qk_norm)
+    hidden, head, rest = expected_names(model)
+    assert len(hidden) == 14 and all("norm" in name or "embed_tokens" in name for name in rest)
+    (adamw,) = build_optimizers(model, PretrainConfig(weight_decay=0.3))
+    assert groups(model, adamw) == [(0.3, hidden | head), (0.0, rest)]
+    assert all(g["betas"] == (0.9, 0.95) for g in adamw.param_groups)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_takes_the_hidden_matrices_alone(make_model, tied):
+    model = make_model(tie_embeddings=tied)
+    hidden, head, rest = expected_names(model)
+    muon, adamw = build_optimizers(model, PretrainConfig(optimizer="muon", weight_decay=0.3))
+    assert groups(model, muon) == [(0.3, hidden)]
+    assert groups(model, adamw) == ([] if tied else [(0.3, head)]) + [(0.0, rest)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_frozen_weight_is_left_alone(make_model, optimizer):
+    model = make_model()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    every = [p for o in build_optimizers(model, PretrainConfig(optimizer=optimizer)) for g in o.param_groups for p in g["params"]]
+    assert len(every) == len(list(model.parameters())) - 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_few_steps_learn_a_sequence(make_model, optimizer):
+    model = make_model().train()
+    ids = torch.tensor([[5, 9, 2, 40, 7, 11, 30, 60]])
+    losses = []
+    optimizers = build_optimizers(model, PretrainConfig(optimizer=optimizer, learning_rate=0.02))
+    for _ in range(30):
+        loss = model(ids, labels=ids.roll(-1, 1)).mean()
+        loss.backward()
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+
+
+def rates(total: int, **settings) -> list[float]:
+    config = PretrainConfig(learning_rate=1.0, **settings)
+    return [learning_rate(step, total, config) for step in range(total)]
+
+
+def test_warm_up_then_cosine():
+    found = rates(10, warmup_steps=2, min_lr=0.2)
+    # after the warm-up, 8 steps of progress 0, 1/8 ... 7/8: 0.2 + 0.8 * (1 + cos(pi * progress)) / 2
+    assert found[:3] == [0.5, 1.0, 1.0]
+    assert found[4] == pytest.approx(0.2 + 0.4 * (1 + math.sqrt(0.5)))
+    assert found[6] == pytest.approx(0.6)
+    assert found[8] == pytest.approx(0.2 + 0.4 * (1 - math.sqrt(0.5)))
+    assert found == [*found[:2], *sorted(found[2:], reverse=True)] and min(found[2:]) > 0.2
+
+
+def test_warm_up_then_stable_then_decay():
+    found = rates(10, warmup_steps=2, min_lr=0.2, lr_schedule="wsd", decay_fraction=0.4)
+    assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4])
+
+
+def test_wsd_without_decay_stays_up():
+    assert rates(6, warmup_steps=0, lr_schedule="wsd", decay_fraction=0.0) == [1.0] * 6
+
+
+def test_defaults_end_at_a_tenth_and_warm_up_for_2_percent():
+    found = rates(1000)
+    assert found[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+    assert found[20] == 1.0 > found[21]
+    assert found[-1] == pytest.approx(0.1, abs=1e-5)
+    assert learning_rate(199, 100_000, PretrainConfig(learning_rate=1.0)) == 1.0  # at most 200 steps
+    assert learning_rate(198, 100_000, PretrainConfig(learning_rate=1.0)) == 199 / 200
+
+
+def test_no_warm_up_and_one_step():
+    assert rates(1, warmup_steps=0) == [1.0]
+    assert rates(1) == [1.0]
+    assert rates(2, warmup_steps=5) == pytest.approx([0.2, 0.4])
+    config = PretrainConfig(learning_rate=1.0, warmup_steps=0, min_lr=0.25)
+    assert learning_rate(12, 10, config) == 0.25  # past the plan it stays at the bottom
