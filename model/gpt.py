@@ -13,6 +13,7 @@ padding (single-token documents of position 0) and left-padded generation nothin
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -270,17 +271,52 @@ class GPT(nn.Module):
         return chunked_nll(hidden, self.head_weight, labels)
 
 
-def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(hidden weight^T)[label], float32: (tokens, dim), (vocabulary, dim), (tokens,) -> (tokens,)."""
-    return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=IGNORE, reduction="none")
-
-
 def chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """token_nll over (batch, sequence), a chunk at a time, each chunk's logits recomputed in the backward pass."""
-    chunk = LOSS_CHUNK[hidden.device.type]
-    flat, flat_labels = hidden.flatten(0, 1), labels.flatten()
-    losses = [
-        checkpoint(token_nll, h, weight, y, use_reentrant=False) if torch.is_grad_enabled() else token_nll(h, weight, y)
-        for h, y in zip(flat.split(chunk), flat_labels.split(chunk), strict=True)
-    ]
-    return torch.cat(losses).view_as(labels)
+    """-log softmax(hidden weight^T)[label], float32, 0 where the label is IGNORE.
+
+    (batch, sequence, dim), (vocabulary, dim), (batch, sequence) -> (batch, sequence). Places without a label cost nothing.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
+    learnt = labels != IGNORE
+    nll = ChunkedNLL.apply(hidden[learnt], weight, labels[learnt])
+    return torch.zeros(labels.shape, device=labels.device).masked_scatter(learnt, nll)
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """Cross-entropy of a linear layer that never holds more than a chunk of the logits.
+
+    The backward pass makes each chunk's logits again and turns them, in place, into their gradient (softmax - onehot) * g.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        """(tokens, dim), (vocabulary, dim), (tokens,) -> nll (tokens,) float32."""
+        log_sum = torch.empty(len(labels), device=hidden.device)
+        nll = torch.empty_like(log_sum)
+        for part in chunks(labels):
+            logits = (hidden[part] @ weight.T).float()
+            log_sum[part] = logits.logsumexp(-1)
+            nll[part] = log_sum[part] - logits.gather(1, labels[part, None])[:, 0]
+        ctx.save_for_backward(hidden, weight, labels, log_sum)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        hidden, weight, labels, log_sum = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in chunks(labels):
+            logits = (hidden[part] @ weight.T).float()
+            softmax = logits.sub_(log_sum[part, None]).exp_()
+            softmax.scatter_add_(1, labels[part, None], softmax.new_full((len(softmax), 1), -1.0))
+            grad_logits = softmax.mul_(grad[part, None]).to(hidden.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None
+
+
+def chunks(labels: Tensor) -> list[slice]:
+    size = LOSS_CHUNK[labels.device.type]
+    return [slice(start, start + size) for start in range(0, len(labels), size)]

@@ -7,10 +7,13 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import datasets
 import pytest
 import torch
 
 from dataset import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
+from dataset.encode import Encoded, Report
+from dataset.records import Stage
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)
@@ -25,6 +28,20 @@ def spread_weights(model: torch.nn.Module, seed: int = 0) -> None:
     for _, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else 0.3 * noise)
+
+
+def encoded(stage: Stage, **columns: list) -> Encoded:
+    """Columns as `encode_files` makes them, in two chunks where there is more than one row."""
+    ids = datasets.List(datasets.Value("uint16"))
+    kinds = {"spans": datasets.List(datasets.Value("int32")), "prompt": datasets.Value("int32")}
+    features = datasets.Features({name: kinds.get(name, ids) for name in columns})
+    rows = len(next(iter(columns.values())))
+    halves = [slice(0, rows // 2), slice(rows // 2, rows)] if rows > 1 else [slice(0, 1)]
+    parts = [
+        datasets.Dataset.from_dict({name: values[half] for name, values in columns.items()}, features=features)
+        for half in halves
+    ]
+    return Encoded(datasets.concatenate_datasets(parts), Report(used=rows), "made by hand", stage)
 
 
 @pytest.fixture

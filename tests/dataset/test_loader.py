@@ -1,6 +1,7 @@
 """Rows to batches: hand-made tensors, every row once whatever the number of ranks, every transition trained once."""
 
-import datasets
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,26 +10,12 @@ from hypothesis import strategies as st
 
 from dataset import Batch, Loader, build_dpo_loader, build_pretrain_loader, build_sft_loader
 from dataset.batch import IGNORE
-from dataset.encode import Encoded, Report
 from dataset.loader import EMPTY_ROW, Column, PairRows, TextRows, describe
+from tests.conftest import encoded
 from tests.helpers import make_data, write_jsonl
 
 PAD = 3
 X = IGNORE
-
-
-def encoded(stage: str, **columns: list) -> Encoded:
-    """Columns as `encode_files` makes them, in two chunks where there is more than one row."""
-    ids = datasets.List(datasets.Value("uint16"))
-    kinds = {"spans": datasets.List(datasets.Value("int32")), "prompt": datasets.Value("int32")}
-    features = datasets.Features({name: kinds.get(name, ids) for name in columns})
-    rows = len(next(iter(columns.values())))
-    halves = [slice(0, rows // 2), slice(rows // 2, rows)] if rows > 1 else [slice(0, 1)]
-    parts = [
-        datasets.Dataset.from_dict({name: values[half] for name, values in columns.items()}, features=features)
-        for half in halves
-    ]
-    return Encoded(datasets.concatenate_datasets(parts), Report(used=rows), "made by hand", stage)  # type: ignore[arg-type]
 
 
 def text_rows(documents: list[list[int]], max_seq_len: int) -> TextRows:
@@ -148,7 +135,7 @@ def test_every_transition_of_every_document_is_trained_exactly_once(max_seq_len)
     batch = rows.collate(list(range(len(rows))))
     taught = batch.labels != IGNORE
     found = sorted(zip(batch.input_ids[taught].tolist(), batch.labels[taught].tolist(), strict=True))
-    assert found == [(a, b) for d in documents for a, b in zip(d[:-1], d[1:], strict=True)]
+    assert found == [(a, b) for d in documents for a, b in pairwise(d)]
     assert batch.supervised == batch.real_tokens == len(found)
     starts = batch.input_ids[(batch.position_ids == 0) & taught]
     assert {d[0] for d in documents} <= set(starts.tolist())

@@ -1,5 +1,7 @@
 """The packer: every token once, no row too long, hardly any padding, the same rows every time."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ def pieces(packing: Packing) -> list[list[tuple[int, int, int]]]:
     """Rows of (document, start, length)."""
     every = list(zip(packing.document.tolist(), packing.start.tolist(), packing.length.tolist(), strict=True))
     edges = packing.offsets.tolist()
-    return [every[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [every[a:b] for a, b in pairwise(edges)]
 
 
 def check(lengths: list[int], capacity: int, packing: Packing) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset.loader import TextRows
-from tests.dataset.test_loader import encoded
+from tests.conftest import encoded
 from training import NextToken, PretrainConfig, checkpoint
 from training.distributed import World
 from training.engines import SingleEngine
@@ -77,7 +77,10 @@ def test_one_flipped_bit_in_any_file_is_found(make_engine, tmp_path):
         content = path.read_bytes()
         middle = len(content) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-        assert checkpoint.damage(folder) == f"{path.relative_to(folder)} is damaged (its hash differs from the one written)"
+        assert (
+            checkpoint.damage(folder)
+            == f"{path.relative_to(folder)} is damaged (its hash differs from the one written)"
+        )
         path.write_bytes(content)
     assert checkpoint.damage(folder) is None
 

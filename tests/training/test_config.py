@@ -3,11 +3,10 @@
 from dataclasses import asdict
 
 import pytest
-import yaml
 
+from tests.helpers import ROOT
 from training import DPOConfig, PretrainConfig, SFTConfig, load_config
 from training.config import save_config
-from tests.helpers import ROOT
 
 
 def load(*argv: str, cls=PretrainConfig):
@@ -104,13 +103,17 @@ def test_switches(argv, value):
     assert load(*argv).use_wandb is value
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("no", False), ("yes", True), ("False", False), ("0", False)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("no", False), ("yes", True), ("False", False), ("0", False)]
+)
 def test_switches_in_a_file(recipe, text, value):
     assert load(*recipe(f"qk_norm: {text}\n")).qk_norm is value
 
 
 def test_none_means_not_given_except_for_names(recipe):
-    config = load("--dim", "none", "--min_lr", "none", "--tie_embeddings", "none", "--init_from", "none", "--resume", "none")
+    config = load(
+        "--dim", "none", "--min_lr", "none", "--tie_embeddings", "none", "--init_from", "none", "--resume", "none"
+    )
     assert config.dim is config.min_lr is config.tie_embeddings is None
     assert config.init_from == config.resume == "none"  # random weights; start over
     config = load(*recipe("dim: none\nmin_lr:\ninit_from: none\nresume: none\nval_path:\n"))

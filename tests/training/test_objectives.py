@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dataset.batch import IGNORE, Batch
 from dataset.loader import EMPTY_ROW, PairRows, TextRows
-from tests.dataset.test_loader import encoded
+from tests.conftest import encoded
 from training import DPO, NextToken
 from training.objectives import sequence_logps
 
@@ -47,12 +47,14 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_next_token_is_a_sum_over_supervised_tokens(make_model):
     model = make_model()
-    rows = TextRows(encoded("pretrain", ids=DOCUMENTS), 10, 3)
+    rows = TextRows(encoded("pretrain", ids=DOCUMENTS), 9, 3)  # 7 + 2 and 4 places: no document is cut
     batch = rows.collate([0, 1, EMPTY_ROW])
     sizes = torch.arange(97)  # pretend that token i stands for i bytes
     objective = NextToken(sizes)
     loss, sums = objective(model, batch)
-    plain = sum(F.cross_entropy(model(torch.tensor([d[:-1]]))[0], torch.tensor(d[1:]), reduction="sum") for d in DOCUMENTS)
+    plain = sum(
+        F.cross_entropy(model(torch.tensor([d[:-1]]))[0], torch.tensor(d[1:]), reduction="sum") for d in DOCUMENTS
+    )
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     assert sums["loss"].item() == loss.item() and not sums["loss"].requires_grad
     assert objective.weight(batch) == 13
@@ -78,15 +80,9 @@ def test_an_update_of_padding_alone_is_nothing(make_model):
     assert not gradient(loss, model).any()
 
 
-def test_bytes_are_counted_for_supervised_labels_alone():
-    ids = torch.tensor([[1, 2, 3]])
-    batch = Batch(ids, torch.tensor([[5, IGNORE, 7]]), torch.tensor([[0, 1, 2]]), [0], 3, 2)
-
-    class Flat(torch.nn.Module):
-        def forward(self, input_ids, position_ids, labels):
-            return torch.zeros(labels.shape)
-
-    assert NextToken(torch.arange(10) + 100)(Flat(), batch)[1]["bytes"].item() == 105 + 107
+def test_bytes_are_counted_for_supervised_labels_alone(make_model):
+    batch = Batch(torch.tensor([[1, 2, 3]]), torch.tensor([[5, IGNORE, 7]]), torch.tensor([[0, 1, 2]]), [0], 3, 2)
+    assert NextToken(torch.arange(97) + 100)(make_model(), batch)[1]["bytes"].item() == 105 + 107
 
 
 def test_log_probabilities_of_packed_answers_are_those_of_the_answers_alone(make_model):
@@ -94,8 +90,9 @@ def test_log_probabilities_of_packed_answers_are_those_of_the_answers_alone(make
     rows = pair_rows()
     assert len(rows) == 2  # 9 + 10 + 9 + 8 places, rows of 24: answers share rows
     batch = rows.collate([1, EMPTY_ROW, 0])
-    expected = [[answer_logp(model, CHOSEN[i]), answer_logp(model, REJECTED[i])] for i in batch.pair_ids]
-    torch.testing.assert_close(sequence_logps(model, batch).double(), torch.tensor(expected).double(), atol=1e-4, rtol=1e-6)
+    with torch.no_grad():
+        expected = [[float(answer_logp(model, answers[i])) for answers in (CHOSEN, REJECTED)] for i in batch.pair_ids]
+        torch.testing.assert_close(sequence_logps(model, batch), torch.tensor(expected), atol=1e-4, rtol=1e-6)
     assert sorted(batch.pair_ids) == [0, 1, 2, 3]
 
 

@@ -47,7 +47,12 @@ def test_muon_takes_the_hidden_matrices_alone(make_model, tied):
 def test_a_frozen_weight_is_left_alone(make_model, optimizer):
     model = make_model()
     model.model.embed_tokens.weight.requires_grad_(False)
-    every = [p for o in build_optimizers(model, PretrainConfig(optimizer=optimizer)) for g in o.param_groups for p in g["params"]]
+    every = [
+        p
+        for o in build_optimizers(model, PretrainConfig(optimizer=optimizer))
+        for g in o.param_groups
+        for p in g["params"]
+    ]
     assert len(every) == len(list(model.parameters())) - 1
 
 

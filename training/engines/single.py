@@ -52,8 +52,9 @@ class SingleEngine:
         totals = torch.zeros(len(objective.names), device=self.device, dtype=torch.float32)
         self.losses = []
         for i, batch in enumerate(micro_batches):
-            with self.communicate_if(i == len(micro_batches) - 1), self.autocast():
-                loss, sums = objective(self.network, batch.to(self.device))
+            with self.communicate_if(i == len(micro_batches) - 1):
+                with self.autocast():
+                    loss, sums = objective(self.network, batch.to(self.device))
                 self.scaler.scale(loss * (self.gradient_scale / max(weight, 1.0))).backward()
             totals += torch.stack([sums[name].float() for name in objective.names])
             self.losses.append(sums["loss"])
