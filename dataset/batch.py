@@ -7,7 +7,7 @@ documents [<s> a b </s>] and [<s> c </s>] in a row of 6:
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Batch:
     supervised: int  # labels that are learnt
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)

@@ -166,11 +166,12 @@ class Encoder:
         for row in rows:
             try:
                 columns = encode_one(row.value)
-            except ValueError as error:
+            except ValueError as error:  # a row that is well-formed but that the chat template cannot say
+                message = f"{row.where}: {error}"
                 if self.rules.on_bad_row == "stop":
-                    raise DataError(f"{row.where}: {error}") from None
-                self.report.bad.append(f"{row.where}: {error}")
-                columns = None
+                    raise DataError(message) from None
+                self.report.bad.append(message)
+                continue
             if columns is not None:
                 yield row, columns
 

@@ -60,8 +60,8 @@ def pack(lengths: np.ndarray | list[int], capacity: int, split: bool) -> Packing
             pieces.append((document, start, room))
             shelf.put(longer - room, document, start + room)
         offsets.append(len(pieces))
-    document, start, length = np.array(pieces, dtype=np.int64).reshape(-1, 3).T
-    return Packing(np.array(offsets), document, start, length, capacity)
+    placed = np.array(pieces, dtype=np.int64).reshape(-1, 3)
+    return Packing(np.array(offsets), placed[:, 0], placed[:, 1], placed[:, 2], capacity)
 
 
 class Shelf:

@@ -25,7 +25,35 @@ TINY = [
     "float32",
 ]
 SCRIPTS = {"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py", "dpo": "train_dpo.py"}
-WORDS = "the a red blue small old cat dog fox bird sees likes finds near under house tree river and then again 猫 狗 看见 喜欢 红色 房子".split()
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "small",
+    "old",
+    "cat",
+    "dog",
+    "fox",
+    "bird",
+    "sees",
+    "likes",
+    "finds",
+    "near",
+    "under",
+    "house",
+    "tree",
+    "river",
+    "and",
+    "then",
+    "again",
+    "猫",
+    "狗",
+    "看见",
+    "喜欢",
+    "红色",
+    "房子",
+]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -1,9 +1,9 @@
 """A model that knows four short conversations by heart, for tests of what users see.
 
-    "Who are you?"                  -> "I am a seed. 🌱"              a character whose bytes are several tokens
-    "你是谁？"                       -> "我是一颗种子。"
-    "Add 2 and 3", then "Add 1"     -> <think>2+3</think>5, then 6    reasoning, and a second turn
-    "Weather in Rome?"              -> Let me look. <tool_call>{"name": "weather", ...}</tool_call>
+"Who are you?"                  -> "I am a seed. 🌱"              a character whose bytes are several tokens
+"你是谁？"                       -> "我是一颗种子。"
+"Add 2 and 3", then "Add 1"     -> <think>2+3</think>5, then 6    reasoning, and a second turn
+"Weather in Rome?"              -> Let me look. <tool_call>{"name": "weather", ...}</tool_call>
 """
 
 from pathlib import Path

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -116,9 +117,22 @@ def test_piped_lines_are_the_messages_of_one_conversation(out, capsys, monkeypat
 
 def test_a_pipe_in_a_real_process():
     """Without a locale and through real pipes; and the flags users type are understood up to the missing model."""
-    command = [sys.executable, "eval_model.py", "--model_mode", "1", "--n_layers", "16", "--dim", "768", "--out_dir", "no"]
+    command = [
+        sys.executable,
+        "eval_model.py",
+        "--model_mode",
+        "1",
+        "--n_layers",
+        "16",
+        "--dim",
+        "768",
+        "--out_dir",
+        "no",
+    ]
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
-    done = subprocess.run(command, cwd=ROOT, input="你好\n", capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(
+        command, cwd=ROOT, input="你好\n", capture_output=True, text=True, timeout=120, env=environment
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no/full_sft_768/model.safetensors is not there")
 
@@ -235,12 +249,17 @@ class Terminal:
         limit = time.monotonic() + seconds
         while wanted not in self.text:
             assert time.monotonic() < limit, f"{wanted!r} did not come: {self.text!r}"
+            self.read()
+        before, _, self.text = self.text.partition(wanted)
+        return before
+
+    def read(self) -> None:
+        """What has come within a second."""
+        if select.select([self.end], [], [], 1.0)[0]:
             try:
                 self.text += os.read(self.end, 4096).decode("utf-8", "replace")
             except OSError:
-                pytest.fail(f"left before {wanted!r} came: {self.text!r}")
-        before, _, self.text = self.text.partition(wanted)
-        return before
+                pytest.fail(f"it left: {self.text!r}")
 
     def send(self, text: str) -> None:
         os.write(self.end, text.encode())
@@ -295,7 +314,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path):
     terminal.send("Once\n")
     terminal.expect("Once\r\n")
     while len(terminal.text) < 20:  # the answer has begun
-        terminal.text += os.read(terminal.end, 4096).decode("utf-8", "replace")
+        terminal.read()
     os.kill(terminal.process, signal.SIGINT)
     terminal.expect("[stopped]")
     terminal.expect("> ")

@@ -8,7 +8,7 @@ and ranks into what is logged.
 """
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ from dataset.batch import Batch, PairBatch
 class Objective(Protocol):
     names: tuple[str, ...]  # of the summed statistics, "loss" first
 
-    def weight(self, batch: Batch) -> int: ...
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def weight(self, batch: Any) -> int: ...
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]: ...
 
 
@@ -33,7 +33,7 @@ class NextToken:
 
     def __init__(self, token_bytes: Tensor | None = None):
         self.token_bytes = token_bytes
-        self.names = ("loss",) if token_bytes is None else ("loss", "bytes")
+        self.names: tuple[str, ...] = ("loss",) if token_bytes is None else ("loss", "bytes")
 
     def weight(self, batch: Batch) -> int:
         return batch.supervised
@@ -69,15 +69,22 @@ class DPO:
     loss = -log sigmoid(beta * ((log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected))))
     """
 
-    names = ("loss", "reward_accuracy", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+    names: tuple[str, ...] = (
+        "loss",
+        "reward_accuracy",
+        "chosen_reward",
+        "rejected_reward",
+        "chosen_logp",
+        "rejected_logp",
+    )
 
     def __init__(self, beta: float = 0.1):
         self.beta = beta
 
-    def weight(self, batch: PairBatch) -> int:  # type: ignore[override]
+    def weight(self, batch: PairBatch) -> int:
         return batch.n_pairs
 
-    def __call__(self, model: nn.Module, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
+    def __call__(self, model: nn.Module, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logps = sequence_logps(model, batch)
         rewards = self.beta * (logps - batch.reference)
         margin = rewards[:, 0] - rewards[:, 1]

@@ -5,6 +5,7 @@ learning_rate(0, 100, config)        linear warm-up, then cosine or warm-up - st
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,12 @@ def build_optimizers(model: nn.Module, config: Config, fused: bool = True) -> li
     rest = [p for name, p in parameters if p.ndim < 2 or name.endswith("embed_tokens.weight")]
     assert len(hidden) + len(head) + len(rest) == len(parameters)
     decay, no_decay = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
-    adamw = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": fused}
+    adamw: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": 1e-8,
+        "fused": fused,
+    }
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([{"params": hidden + head, **decay}, {"params": rest, **no_decay}], **adamw)]
     muon = torch.optim.Muon(

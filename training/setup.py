@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -191,14 +192,14 @@ def fill_reference(rows: Rows | None, engine: SingleEngine, config: Config, init
     key = xxhash.xxh3_64_hexdigest(f"{init_hash} {rows.encoded.fingerprint} {engine.dtype}".encode())
     path = Path(config.cache_dir) / f"reference-{key}.pt"
     cached = torch.load(path, weights_only=True).numpy() if path.is_file() else None
-    if all(engine.gather(cached is not None)):
+    if all(engine.gather(cached is not None)) and cached is not None:
         rows.reference = cached
         return
     loader = Loader(rows, config.batch_size, rank=engine.world.rank, world_size=engine.world.size, shuffle=False)
     reference = torch.zeros(rows.reference.shape, dtype=torch.float64)
     for position in range(0, len(rows), loader.rows_per_update):
         for batch in loader.update(position):
-            logps = engine.apply(lambda network, batch=batch: sequence_logps(network, batch.to(engine.device)))
+            logps = engine.apply(partial(sequence_logps, batch=batch.to(engine.device)))
             reference[batch.pair_ids] = logps.double().cpu()  # type: ignore[attr-defined]
     total = engine.sum_over_ranks(reference.flatten().tolist())
     rows.reference = torch.tensor(total).view_as(reference).float().numpy()

@@ -84,8 +84,12 @@ PLACES = words(
     "under the bridge 桥下, at the gate 门前, in the field 田里, in the village 村里"
 )
 # (word, its opposite): before the noun, and after "is".
-KINDS = opposites("big 大/small 小, strong 强/weak 弱, rich 富/poor 穷, good 好/bad 坏, fast 快/slow 慢, old 老/young 幼")
-STATES = opposites("hot 热/cold 冷, near 近/far 远, early 早/late 晚, happy 高兴/sad 难过, busy 忙/free 闲, quiet 静/loud 闹")
+KINDS = opposites(
+    "big 大/small 小, strong 强/weak 弱, rich 富/poor 穷, good 好/bad 坏, fast 快/slow 慢, old 老/young 幼"
+)
+STATES = opposites(
+    "hot 热/cold 冷, near 近/far 远, early 早/late 晚, happy 高兴/sad 难过, busy 忙/free 闲, quiet 静/loud 闹"
+)
 # Six things of each category, in the order of CATEGORIES.
 CATEGORIES = words("a tool 工具, a food 食物, a plant 植物, a furnishing 家具")
 THINGS = words(
@@ -261,7 +265,8 @@ def ask_who(rng: random.Random, held_out: bool) -> Texts:
 def tell_row(row: Iterable[int]) -> Word:
     things = [THINGS[thing] for thing in row]
     return Word(
-        f"In a row: {', '.join(thing.en for thing in things)}.", f"排成一排：{'、'.join(thing.zh for thing in things)}。"
+        f"In a row: {', '.join(thing.en for thing in things)}.",
+        f"排成一排：{'、'.join(thing.zh for thing in things)}。",
     )
 
 

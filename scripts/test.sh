@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All checks and tests, in the same environment as the quickstart: lint, types, pytest on both cores.
+#   bash scripts/test.sh                 everything
+#   bash scripts/test.sh tests/model     only these, passed on to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+ruff check .
+ruff format --check .
+mypy
+# one thread a process: two workers share two cores
+OMP_NUM_THREADS=1 pytest -n 2 "$@"
