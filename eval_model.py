@@ -26,6 +26,7 @@ from rich.table import Table
 
 from dataset import load_tokenizer, render_chat
 from dataset.records import SCRIPT, STAGES
+from dataset.tokenizer import HFTokenizer
 from model import GPT, GPTConfig, load_config, load_pretrained, stream
 from model.generate import check_arguments
 from training.config import SHAPE_FLAGS, Config, Parser, convert, unknown_name
@@ -77,7 +78,10 @@ def run(arguments: argparse.Namespace) -> None:
         score(model, tokenizer, reference, arguments)
         return
     check_arguments(model, [[0]], **sampling(arguments))
-    raw = arguments.raw or folder.name.startswith("pretrain_")
+    no_chat = folder.name.startswith("pretrain_") or (
+        isinstance(tokenizer, HFTokenizer) and tokenizer.hf.chat_template is None
+    )
+    raw = arguments.raw or no_chat
     session = Session(model, tokenizer, sampling(arguments), arguments.seed, arguments.system, raw)
     if arguments.prompt is not None:
         show(session, arguments.prompt)

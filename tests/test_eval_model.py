@@ -17,7 +17,8 @@ import torch
 import eval_model
 from dataset import DEFAULT_TOKENIZER, load_tokenizer, render_chat
 from eval_model import Session, parse_answer
-from model import GPT, GPTConfig, load_pretrained, save_pretrained
+from model import GPT, GPTConfig, generate, load_pretrained, save_pretrained
+from tests.dataset.foreign import CHATML, make_foreign_folder
 from tests.helpers import ROOT
 from tests.memorised import CALL, CONVERSATIONS, make_memorised, user
 
@@ -115,26 +116,12 @@ def test_piped_lines_are_the_messages_of_one_conversation(out, capsys, monkeypat
     assert (status, stdout) == (0, "<think>2+3</think>5\n6\n")
 
 
-def test_a_pipe_in_a_real_process():
-    """Without a locale and through real pipes; and the flags users type are understood up to the missing model."""
-    command = [
-        sys.executable,
-        "eval_model.py",
-        "--model_mode",
-        "1",
-        "--n_layers",
-        "16",
-        "--dim",
-        "768",
-        "--out_dir",
-        "no",
-    ]
-    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
-    done = subprocess.run(
-        command, cwd=ROOT, input="你好\n", capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: no/full_sft_768/model.safetensors is not there")
+def test_a_pipe_in_a_real_process_without_a_locale(out):
+    command = [sys.executable, "eval_model.py", "--model", str(out / "full_sft_48"), "--temperature", "0"]
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    stdin = "你是谁？\n".encode()
+    done = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, timeout=120, env=environment)
+    assert (done.returncode, done.stdout.decode()) == (0, "我是一颗种子。\n"), done.stderr
 
 
 def test_tool_calls_are_shown(out, capsys):
@@ -170,6 +157,29 @@ def test_a_pretrained_model_continues_text(out, tmp_path, capsys, monkeypatch):
         stdin = "Once upon a time\n" * 2
         _, stdout, _ = run(capsys, *which, *flags, stdin=stdin, monkeypatch=monkeypatch)
         assert stdout == (expected + "\n") * 2
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_another_familys_folder_is_opened(tmp_path, capsys, template):
+    """A Qwen3 with its own tokenizer: chats through its own template, continues text where there is none, is scored."""
+    folder = make_foreign_folder(tmp_path / "qwen", template)
+    torch.manual_seed(0)
+    shape = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 128, "qk_norm": True}
+    model = GPT(GPTConfig(vocab_size=259, **shape)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.0
+    save_pretrained(model, folder)
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n" if template else "Hi"
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode_template(prompt)
+    (answer,) = generate(model, [ids], max_new_tokens=12, temperature=0, stop_ids=tokenizer.stop_ids)
+    flags = ["--model", folder, "--temperature", 0, "--max_new_tokens", 12]
+    status, stdout, _ = run(capsys, *flags, "--prompt", "Hi")
+    assert (status, stdout) == (0, tokenizer.decode(answer.ids, skip_control=False) + "\n")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "Hi"}\n')
+    status, stdout, _ = run(capsys, *flags, "--score", texts, "--json")
+    assert (status, json.loads(stdout)["tokens"]) == (0, 2)  # no <s> here: i and the end are predicted, H is not
 
 
 # The conversation -----------------------------------------------------------------------------------------------
@@ -318,6 +328,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path):
     os.kill(terminal.process, signal.SIGINT)
     terminal.expect("[stopped]")
     terminal.expect("> ")
+    time.sleep(1)  # readline misses a signal that comes between its prompt and its wait for a key
     os.kill(terminal.process, signal.SIGINT)
     terminal.expect("[Ctrl-D or /exit leaves]")
     terminal.expect("> ")

@@ -11,15 +11,14 @@ hashes, says aloud what is damaged, and falls back to the one before.
 
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
+from torch.distributed.checkpoint.api import CheckpointException
 
 from training.engines.single import SingleEngine
 
@@ -47,22 +46,20 @@ def save(engine: SingleEngine, folder: Path, run: dict[str, Any], keep_last: int
     problem = engine.gather(problem)[0]
     if problem is None and first:
         for old in stale(folder, keep_last):
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return problem
 
 
 def attempt(write: Callable[[], None]) -> str | None:
-    """What went wrong in words, None where nothing did. torch wraps a full disk in errors of several kinds."""
+    """What went wrong in one line, None where nothing did."""
     try:
         write()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         reason = f"{type(error).__name__}: {error}"
-        full = [
-            line
-            for line in reason.splitlines()
-            if "No space left" in line or "unexpected pos" in line or "file write failed" in line
-        ]
-        return full[-1].strip() if full else reason.strip().splitlines()[0]
+        # torch's zip writer reports a full disk as a position it did not reach
+        if any(sign in reason for sign in ("No space left", "file write failed", "unexpected pos")):
+            return "No space left on device"
+        return reason.strip().splitlines()[0]
     return None
 
 
@@ -78,7 +75,7 @@ def finish(part: Path, folder: Path) -> None:
     """Hash and flush every file, rename, mark complete."""
     hashes = {}
     for path in sorted(p for p in part.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:
             hashes[str(path.relative_to(part))] = file_hash(path)
             os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
@@ -178,9 +175,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

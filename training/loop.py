@@ -274,13 +274,16 @@ class Run:
     def resume(self) -> Progress:
         """Load the checkpoint config.resume asks for, after checking that it continues this very run."""
         folder = self.config.run_dir / "checkpoints"
+        if self.first:
+            for half_written in folder.glob(".step_*.part"):
+                shutil.rmtree(half_written)
         found = checkpoint.find(self.config.resume, folder, self.say) if self.first else None
         found = self.engine.gather(found)[0]
         if found is None:
-            if self.first and folder.is_dir() and list(folder.glob("step_*")):
-                self.say(f"starting over: the {len(list(folder.glob('step_*')))} checkpoints in {folder} are removed")
-                for old in folder.glob("step_*"):
-                    shutil.rmtree(old)
+            if self.first and (old := checkpoint.by_step(folder)):
+                self.say(f"starting over: the {len(old)} checkpoints in {folder} are removed")
+                for path in old:
+                    shutil.rmtree(path)
             return Progress()
         saved = checkpoint.read_run(found)
         for name, value in self.identity.items():

@@ -198,9 +198,10 @@ def fill_reference(rows: Rows | None, engine: SingleEngine, config: Config, init
     loader = Loader(rows, config.batch_size, rank=engine.world.rank, world_size=engine.world.size, shuffle=False)
     reference = torch.zeros(rows.reference.shape, dtype=torch.float64)
     for position in range(0, len(rows), loader.rows_per_update):
+        batch: Any
         for batch in loader.update(position):
             logps = engine.apply(partial(sequence_logps, batch=batch.to(engine.device)))
-            reference[batch.pair_ids] = logps.double().cpu()  # type: ignore[attr-defined]
+            reference[batch.pair_ids] = logps.double().cpu()
     total = engine.sum_over_ranks(reference.flatten().tolist())
     rows.reference = torch.tensor(total).view_as(reference).float().numpy()
     if engine.world.rank == 0:
@@ -216,6 +217,6 @@ def run_identity(config: Config, model: GPT, data: Data) -> dict[str, Any]:
         "data": data.train.encoded.fingerprint,
         "seed": config.seed,
         "optimizer": config.optimizer,
-        "init_from": weights_hash(model),
+        "init_from": "none" if config.init_from == "none" else weights_hash(model),
         "shape": {name: getattr(config, name) for name in (*SHAPE_FLAGS, "max_seq_len")},
     } | ({"beta": getattr(config, "beta", None)} if config.stage == "dpo" else {})

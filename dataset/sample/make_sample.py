@@ -93,10 +93,10 @@ STATES = opposites(
 # Six things of each category, in the order of CATEGORIES.
 CATEGORIES = words("a tool 工具, a food 食物, a plant 植物, a furnishing 家具")
 THINGS = words(
-    "knife 刀, needle 针, pen 笔, lock 锁, net 网, bow 弓, "
-    "rice 饭, soup 汤, meat 肉, peach 桃, tea 茶, pear 梨, "
-    "grass 草, willow 柳, lotus 荷, flower 花, pine 松, bamboo 竹, "
-    "bed 床, lamp 灯, table 桌, mirror 镜, mat 席, clock 钟"
+    "knife 刀, needle 针, net 网, sword 剑, pen 笔, lock 锁, "
+    "rice 饭, soup 汤, meat 肉, peach 桃, tea 茶, plum 梅, "
+    "grass 草, willow 柳, lotus 荷, flower 花, tree 树, bamboo 竹, "
+    "bed 床, table 桌, mirror 镜, mat 席, clock 钟, curtain 帘"
 )
 PEOPLE = words(
     "Tom 王明, Lily 李红, Ben 张兰, Anna 陈军, Sam 赵雨, Jack 周雪, Henry 吴刚, Tim 孙美, John 刘林, May 杨云"
@@ -242,19 +242,17 @@ def ask_compare(rng: random.Random, held_out: bool) -> Texts:
 
 
 def tell_owner(person: int, thing: int) -> Word:
-    return Word(f"{PEOPLE[person].en} has the {THINGS[thing].en}.", f"{PEOPLE[person].zh}有{THINGS[thing].zh}。")
+    return Word(f"The {THINGS[thing].en} belongs to {PEOPLE[person].en}.", f"{THINGS[thing].zh}是{PEOPLE[person].zh}的。")
 
 
 def tell_owners(owners: Iterable[tuple[int, int]]) -> Word:
     told = [tell_owner(*pair) for pair in owners]
-    return Word("Listen: " + " ".join(line.en for line in told), "听：" + "".join(line.zh for line in told))
+    return Word(" ".join(line.en for line in told), "".join(line.zh for line in told))
 
 
 def query_owner(person: int, thing: int) -> Texts:
-    return {
-        "en": (f"Who has the {THINGS[thing].en}?", f"It is {PEOPLE[person].en}."),
-        "zh": (f"谁有{THINGS[thing].zh}？", f"是{PEOPLE[person].zh}。"),
-    }
+    en, zh = tell_owner(person, thing)
+    return {"en": (f"Whose is the {THINGS[thing].en}?", en), "zh": (f"{THINGS[thing].zh}是谁的？", zh)}
 
 
 def ask_who(rng: random.Random, held_out: bool) -> Texts:
@@ -273,8 +271,8 @@ def tell_row(row: Iterable[int]) -> Word:
 def query_next(thing: int, following: int) -> Texts:
     one, two = THINGS[thing], THINGS[following]
     return {
-        "en": (f"What comes after the {one.en}?", f"The {two.en}."),
-        "zh": (f"{one.zh}的后面是什么？", f"是{two.zh}。"),
+        "en": (f"What comes after the {one.en}?", f"After the {one.en} comes the {two.en}."),
+        "zh": (f"{one.zh}的后面是什么？", f"{one.zh}的后面是{two.zh}。"),
     }
 
 
@@ -290,8 +288,8 @@ def category_of(thing: int) -> int:
 def query_category(thing: int) -> Texts:
     kind = CATEGORIES[category_of(thing)]
     return {
-        "en": (f"Which is {kind.en}?", f"The {THINGS[thing].en}."),
-        "zh": (f"哪个是{kind.zh}？", f"是{THINGS[thing].zh}。"),
+        "en": (f"Which is {kind.en}?", f"The {THINGS[thing].en} is {kind.en}."),
+        "zh": (f"哪个是{kind.zh}？", f"{THINGS[thing].zh}是{kind.zh}。"),
     }
 
 
@@ -506,6 +504,12 @@ def page_rows(rng: random.Random, language: str) -> str:
     return SPACE[language].join(parts)
 
 
+def page_echo(rng: random.Random, language: str) -> str:
+    """A row said twice. What stood once is predictable: the shortest way to learn to look back."""
+    told = tell_row(draw_row(rng, False)[0])[LANGUAGES.index(language)]
+    return f"{told} Again: {told}" if language == "en" else f"{told}再说一遍：{told}"
+
+
 def page_story(rng: random.Random, language: str) -> str:
     """A walk through the valley: portraits, a meeting, what somebody carries, who is heavier."""
     colour, animal = draw_colour(rng, False)
@@ -516,7 +520,7 @@ def page_story(rng: random.Random, language: str) -> str:
         Word(f"One day {person.en} walked through Seedling Valley.", f"有一天，{person.zh}走过小苗山谷。"),
         portrait(rng, colour, animal),
         rng.choice((tell_weights(rng), draw_opposite(rng, False)[0], tell_owner(*owners[asked]))),
-        Word(f"There were {said.en}.", f"看，{said.zh}。"),
+        Word(f"Look: {said.en}.", f"看，{said.zh}。"),
         Word(f"{person.en} found the {thing.en} {place.en}.", f"{person.zh}在{place.zh}找到了{thing.zh}。"),
     ]
     return SPACE[language].join(part[LANGUAGES.index(language)] for part in parts)
@@ -529,6 +533,7 @@ PAGES: tuple[tuple[Callable[[random.Random, str], str], int], ...] = (
     (page_weights, 15),
     (page_owners, 35),
     (page_rows, 40),
+    (page_echo, 20),
     (page_story, 20),
 )
 
