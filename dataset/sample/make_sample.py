@@ -181,12 +181,12 @@ def draw_owners(rng: random.Random, held_out: bool) -> tuple[list[tuple[int, int
             return owners, asked
 
 
-def draw_row(rng: random.Random, held_out: bool) -> tuple[list[int], int]:
-    """Four different things and a position 0..2: the pair (position, position + 1) is asked about."""
+def draw_row(rng: random.Random, held_out: bool, length: int = 4) -> tuple[list[int], int]:
+    """Different things and a position short of the last: the pair (position, position + 1) is asked about."""
     while True:
-        row = rng.sample(range(len(THINGS)), 4)
-        asked = rng.randrange(3)
-        if all(kept_out_next(row[i], row[i + 1]) == (held_out and i == asked) for i in range(3)):
+        row = rng.sample(range(len(THINGS)), length)
+        asked = rng.randrange(length - 1)
+        if all(kept_out_next(row[i], row[i + 1]) == (held_out and i == asked) for i in range(length - 1)):
             return row, asked
 
 
@@ -242,7 +242,7 @@ def ask_compare(rng: random.Random, held_out: bool) -> Texts:
 
 
 def tell_owner(person: int, thing: int) -> Word:
-    return Word(f"The {THINGS[thing].en} belongs to {PEOPLE[person].en}.", f"{THINGS[thing].zh}是{PEOPLE[person].zh}的。")
+    return Word(f"The {THINGS[thing].en} is {PEOPLE[person].en}'s.", f"{THINGS[thing].zh}是{PEOPLE[person].zh}的。")
 
 
 def tell_owners(owners: Iterable[tuple[int, int]]) -> Word:
@@ -272,7 +272,7 @@ def query_next(thing: int, following: int) -> Texts:
     one, two = THINGS[thing], THINGS[following]
     return {
         "en": (f"What comes after the {one.en}?", f"After the {one.en} comes the {two.en}."),
-        "zh": (f"{one.zh}的后面是什么？", f"{one.zh}的后面是{two.zh}。"),
+        "zh": (f"{one.zh}后是什么？", f"{one.zh}后是{two.zh}。"),
     }
 
 
@@ -506,8 +506,8 @@ def page_rows(rng: random.Random, language: str) -> str:
 
 def page_echo(rng: random.Random, language: str) -> str:
     """A row said twice. What stood once is predictable: the shortest way to learn to look back."""
-    told = tell_row(draw_row(rng, False)[0])[LANGUAGES.index(language)]
-    return f"{told} Again: {told}" if language == "en" else f"{told}再说一遍：{told}"
+    told = tell_row(draw_row(rng, False, length=6)[0])[LANGUAGES.index(language)]
+    return f"{told} Again: {told}" if language == "en" else f"{told}再来：{told}"
 
 
 def page_story(rng: random.Random, language: str) -> str:
@@ -533,7 +533,7 @@ PAGES: tuple[tuple[Callable[[random.Random, str], str], int], ...] = (
     (page_weights, 15),
     (page_owners, 35),
     (page_rows, 40),
-    (page_echo, 20),
+    (page_echo, 30),
     (page_story, 20),
 )
 

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -100,6 +101,7 @@ def test_a_bar_where_there_is_a_terminal(tmp_path):
 
     program = """
 import sys
+import time
 from pathlib import Path
 from training.metrics import Metrics
 with Metrics(Path(sys.argv[1]), {}, stage="dpo", total_steps=40, start_step=10) as metrics:
@@ -159,29 +161,39 @@ def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
 # wandb ----------------------------------------------------------------------------------------------------------
 
 
-def wandb_records(folder: Path):
-    """All records of the wandb runs kept under a run folder, oldest run first.
+def wandb_records(folder: Path) -> list:
+    """All records of the wandb runs kept under a run folder, oldest run first."""
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        limit = time.monotonic() + 60
+        # wandb's own process may still be writing when finish() comes back; the record of the end is the last
+        while not (records := read_wandb_file(path)) or records[-1].WhichOneof("record_type") != "exit":
+            assert time.monotonic() < limit, f"{path} was never finished"
+            time.sleep(0.05)
+        found += records
+    return found
 
-    A .wandb file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB of pieces (checksum 4 bytes, length 2,
-    kind 1: 1 whole, 2 first, 3 middle, 4 last).
+
+def read_wandb_file(path: Path) -> list:
+    """The records of a .wandb file, a LevelDB log: a header of 7 bytes, then blocks of 32 KiB of pieces.
+
+    A piece is a checksum (4 bytes), a length (2), a kind (1 whole, 2 first, 3 middle, 4 last) and its bytes.
     """
     from wandb.proto import wandb_internal_pb2
 
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        data, place, pieces = path.read_bytes(), 7, b""
-        assert data[:4] == b":W&B"
-        while place + 7 <= len(data):
-            if (room := 2**15 - place % 2**15) < 7:
-                place += room
-                continue
-            length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
-            pieces += data[place + 7 : place + 7 + length]
-            place += 7 + length
-            if kind in (1, 4):
-                found = wandb_internal_pb2.Record()
-                found.ParseFromString(pieces)
-                pieces = b""
-                yield found
+    data, place, joined, records = path.read_bytes(), 7, b"", []
+    assert data[:4] in (b":W&B", b"")
+    while place + 7 <= len(data):
+        if (room := 2**15 - place % 2**15) < 7:
+            place += room
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        joined += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4) and place <= len(data):
+            records.append(wandb_internal_pb2.Record.FromString(joined))
+            joined = b""
+    return records
 
 
 def wandb_history(folder: Path) -> list[dict]:
@@ -257,6 +269,7 @@ def test_wandb_without_a_login_says_how_to_go_on(tmp_path, offline):
     run(tmp_path / "run", [10])
     program = """
 import sys
+import time
 from pathlib import Path
 from training.metrics import Metrics
 try:
