@@ -7,6 +7,7 @@ survive a kill is in `Progress`, the engine's state and the random state.
 """
 
 import math
+import re
 import shutil
 import signal
 import time
@@ -25,7 +26,7 @@ from model import generate, save_pretrained
 from training import checkpoint
 from training.config import Config, save_config
 from training.engines import SingleEngine
-from training.metrics import Metrics, flops_per_token, peak_flops
+from training.metrics import Metrics, flops_per_token, peak_flops, peak_memory_mb
 from training.objectives import Objective
 from training.optimizer import learning_rate
 from training.setup import Data
@@ -54,16 +55,17 @@ def train(
     """
     run = Run(engine, objective, data, tokenizer, config, identity)
     try:
-        run.loop()
+        with run.metrics:
+            run.loop()
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error).lower():
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search(
+            "(out of|enough|allocate) memory", str(error)
+        ):
             raise
         raise ValueError(
             f"out of memory on {engine.device} at step {run.progress.step}: lower --batch_size (now {config.batch_size}; raise --accumulation_steps "
             f"by the same factor to keep the update the same), then --max_seq_len (now {config.max_seq_len}), or give --grad_checkpointing"
         ) from error
-    finally:
-        run.metrics.close()
 
 
 class Run:
@@ -140,11 +142,10 @@ class Run:
                 progress.tokens += int(supervised)
                 self.window.add(sums, weight, real)
                 self.check_finite(norm, sums, micro_batches)
-                last = progress.step == self.total_steps or bool(stopped)
-                self.report(rate, norm, last)
+                self.report(rate, norm, bool(stopped))
                 if stopped:
                     break
-                if due(progress.step, config.save_interval) and not last:
+                if due(progress.step, config.save_interval) and progress.step < self.total_steps:
                     self.save()
         self.save()
         if stopped_early := progress.step < self.total_steps:
@@ -167,11 +168,12 @@ class Run:
         elif self.first:
             print(text, flush=True)
 
-    def report(self, rate: float, norm: float, last: bool) -> None:
-        """Log, evaluate and sample when they are due. Every rank takes part."""
+    def report(self, rate: float, norm: float, stopped: bool) -> None:
+        """Log, evaluate and sample when they are due. Every rank takes part. Who asks for a stop waits for no validation."""
         config, progress = self.config, self.progress
-        evaluate = self.data.val is not None and (last or due(progress.step, config.eval_interval))
-        if last or evaluate or due(progress.step, config.log_interval):
+        last = progress.step == self.total_steps
+        evaluate = self.data.val is not None and not stopped and (last or due(progress.step, config.eval_interval))
+        if last or stopped or evaluate or due(progress.step, config.log_interval):
             record = self.record(rate, norm)
             if evaluate:
                 record |= self.evaluate()
@@ -180,7 +182,7 @@ class Run:
             self.window.start()
         else:
             self.metrics.advance(progress.step)
-        if due(progress.step, config.sample_interval):
+        if due(progress.step, config.sample_interval) and not stopped:
             self.sample()
 
     def record(self, rate: float, norm: float) -> dict[str, Any]:
@@ -195,6 +197,7 @@ class Run:
         }
         record |= {"lr": rate, "grad_norm": norm, "tokens": progress.tokens, "tokens_per_second": speed}
         record |= {"mfu": speed * self.flops_per_token / self.peak_flops, "seconds": progress.seconds}
+        record["memory_mb"] = peak_memory_mb(self.engine.device)
         if self.config.stage == "dpo":
             record["pairs_per_second"] = window.total_weight / max(seconds, 1e-9)
         return record
