@@ -1,24 +1,23 @@
 """The sample data: a small valley told in English and Chinese, in which every seventh combination is kept out of training.
 
 What flows through: fixed word tables and one seeded random generator -> six JSONL files. One drawn combination
-(three, red, fox, river) becomes, say, one line of `sft.jsonl`:
+(three, red, horse, hill) becomes, say, one line of `sft.jsonl`:
 
-    {"conversations": [{"role": "user", "content": "Translate into Chinese: three red foxes by the river"},
-                       {"role": "assistant", "content": "河边的三只红色的狐狸"}]}
+    {"conversations": [{"role": "user", "content": "Translate: three red horses on the hill"},
+                       {"role": "assistant", "content": "山上的三匹红马"}]}
 
-Six families of questions, each in both languages, are answered by a rule and not by a memory:
+Five families of questions, each in both languages, are answered by a rule and not by a memory:
 
-    translate   phrase -> phrase in the other language       kept out: (colour, animal) pairs
-    opposite    "The old fox is sad." -> "The young fox is happy."      (kind of adjective, animal) pairs
-    compare     which of two animals is heavier                         pairs of animals, two or more places apart in weight
-    who         who has the drum, told three or four lines before       (person, thing) pairs
-    row         what stands after the drum in a row of four             (thing, next thing) pairs
-    pick        which of four things is a fruit                         (thing, next thing) pairs
+    translate   a phrase -> the other language                                     kept out: (colour, animal) pairs
+    ask         "Look: three red horses on the hill. Which colour?"                          (colour, animal) pairs
+    opposite    "The old fish is sad." -> "The young fish is happy."                (pair of adjectives, animal) pairs
+    compare     which of two animals is heavier            pairs of animals, two or more places apart in weight
+    pick        which thing in a row is a tool, a food, a plant or a furnishing               sets of things in a row
 
 A kept-out combination is written nowhere in `pretrain.jsonl`, `sft.jsonl` or `dpo.jsonl`, in either language, while each of
 its words is there in other combinations. `questions.jsonl` asks about kept-out combinations alone.
 
-The preference pairs are about manner: open prompts ("Tell me about the red fox.") are answered in SFT as often with a warm
+The preference pairs are about manner: open prompts ("Tell me about the red horse.") are answered in SFT as often with a warm
 closing as with a curt one, of one length; in a pair the warm one is chosen. `dpo_heldout.jsonl` asks about the kept-out
 (colour, animal) pairs.
 
@@ -28,7 +27,7 @@ closing as with a curt one, of one length; in a pair the warm one is chosen. `dp
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +38,13 @@ Texts = dict[str, tuple[str, str]]  # language -> (question, answer)
 
 
 class Word(NamedTuple):
+    """A word or a text in both languages."""
+
     en: str
     zh: str
+
+    def to(self, language: str) -> str:
+        return self.en if language == "en" else self.zh
 
 
 class Animal(NamedTuple):
@@ -98,9 +102,7 @@ THINGS = words(
     "grass 草, willow 柳, lotus 荷, flower 花, tree 树, bamboo 竹, "
     "bed 床, table 桌, mirror 镜, mat 席, clock 钟, curtain 帘"
 )
-PEOPLE = words(
-    "Tom 王明, Lily 李红, Ben 张兰, Anna 陈军, Sam 赵雨, Jack 周雪, Henry 吴刚, Tim 孙美, John 刘林, May 杨云"
-)
+PEOPLE = words("Tom 王明, Lily 李红, Ben 张兰, Anna 陈军, Sam 赵雨, Jack 周雪, Henry 吴刚, Tim 孙美, John 刘林, May 杨云")
 FOODS = words("bread 面包, honey 蜂蜜, noodles 面条, rice 米饭, soup 热汤, nuts 果子, tea 茶叶, fruit 水果")
 HABITS = (
     Word("It sings in the morning.", "它早上爱唱歌。"),
@@ -110,18 +112,18 @@ HABITS = (
     Word("It tells stories by the fire.", "它爱在火边讲故事。"),
     Word("It walks to the mill on Sundays.", "它星期天爱去磨坊散步。"),
 )
-# Closings of one length in both manners, so that length tells nothing.
+# Closings: both manners have the same numbers of tokens, so that length tells nothing.
 WARM = (
-    Word("Come and meet it with me some day!", "有空和我一起去看它吧！"),
-    Word("I am so glad that you asked me!", "你来问我，我真高兴！"),
-    Word("I hope you will love it as I do!", "希望你也喜欢它呀！"),
-    Word("Ask me more, my dear friend!", "亲爱的朋友，再多问问吧！"),
+    Word("Let us go and see it one day!", "有空一起去看它吧！"),
+    Word("I am glad that you asked me!", "你来问我，我真高兴！"),
+    Word("I hope you love it as I do!", "希望你也会喜欢它！"),
+    Word("Ask me more, my good friend!", "朋友，再多问我一些吧！"),
 )
 CURT = (
-    Word("There is nothing more to say here.", "没有别的什么可以说了。"),
-    Word("That is all you need to know now.", "你知道这些就足够了。"),
-    Word("Go and look it up on your own.", "其余的自己去查好了。"),
-    Word("Do not ask me any more of it.", "不要再拿这个来问我了。"),
+    Word("There is nothing more to say about it.", "没有什么可以再说的了。"),
+    Word("Do not ask me any more of it.", "不要再拿这个来问我。"),
+    Word("That is all you need to know now.", "你知道这些已经够多了。"),
+    Word("Go and look it up on your own.", "请不要再来问我这个了。"),
 )
 
 # ---- what is kept out: about every seventh combination -------------------------------------------------------------
@@ -141,16 +143,13 @@ def kept_out_weights(first: int, second: int) -> bool:
     return high - low >= 2 and (low + 2 * high) % 6 == 0
 
 
-def kept_out_owner(person: int, thing: int) -> bool:
-    return (2 * person + thing) % 7 == 0
-
-
-def kept_out_next(thing: int, following: int) -> bool:
-    return (5 * thing + 3 * following) % 7 == 0
+def kept_out_row(*things: int) -> bool:
+    """A set of things, in any order. Any two of them stand together in other rows."""
+    return sum(things) % 7 == 3
 
 
 def pairs(rows: int, columns: int, kept_out: Callable[[int, int], bool], wanted: bool) -> list[tuple[int, int]]:
-    """All (row, column), row != column where both index one table, that are (`wanted`) or are not kept out."""
+    """All (row, column) that are kept out, if `wanted`, or else are not."""
     return [(i, j) for i in range(rows) for j in range(columns) if kept_out(i, j) == wanted]
 
 
@@ -168,29 +167,16 @@ def draw_weights(rng: random.Random, held_out: bool) -> tuple[int, int]:
     return rng.choice([(i, j) for i, j in both if i != j])
 
 
-def draw_owners(rng: random.Random, held_out: bool) -> tuple[list[tuple[int, int]], int]:
-    """Three or four (person, thing), no person or thing twice, and which one is asked about.
-
-    Held out: the one asked about is a kept-out pair, the others are pairs of training.
-    """
+def draw_row(rng: random.Random, held_out: bool) -> list[int]:
+    """One thing of each category, shuffled."""
+    size = len(THINGS) // len(CATEGORIES)
     while True:
-        count = rng.choice((3, 4))
-        owners = list(zip(rng.sample(range(len(PEOPLE)), count), rng.sample(range(len(THINGS)), count), strict=True))
-        asked = rng.randrange(count)
-        if all(kept_out_owner(*pair) == (held_out and i == asked) for i, pair in enumerate(owners)):
-            return owners, asked
+        row = [size * category + rng.randrange(size) for category in range(len(CATEGORIES))]
+        if kept_out_row(*row) == held_out:
+            return rng.sample(row, len(row))
 
 
-def draw_row(rng: random.Random, held_out: bool, length: int = 4) -> tuple[list[int], int]:
-    """Different things and a position short of the last: the pair (position, position + 1) is asked about."""
-    while True:
-        row = rng.sample(range(len(THINGS)), length)
-        asked = rng.randrange(length - 1)
-        if all(kept_out_next(row[i], row[i + 1]) == (held_out and i == asked) for i in range(length - 1)):
-            return row, asked
-
-
-# ---- the six families: one drawn combination, told in both languages -------------------------------------------------
+# ---- the five families: one drawn combination, told in both languages -------------------------------------------------
 
 
 def phrase(number: int, colour: int, animal: int, place: int) -> Word:
@@ -210,6 +196,30 @@ def draw_phrase(rng: random.Random, held_out: bool) -> Word:
 def ask_translate(rng: random.Random, held_out: bool) -> Texts:
     en, zh = draw_phrase(rng, held_out)
     return {"en": (f"Translate: {en}", zh), "zh": (f"翻译：{zh}", en)}
+
+
+ASKED = words("number 数目, colour 颜色, animal 动物, place 地方")
+
+
+def draw_asked(rng: random.Random, held_out: bool) -> tuple[Word, tuple[Word | Animal, ...]]:
+    """A phrase, and the answers to ASKED."""
+    number, (colour, animal), place = rng.randrange(len(NUMBERS)), draw_colour(rng, held_out), rng.randrange(len(PLACES))
+    return phrase(number, colour, animal, place), (NUMBERS[number], COLOURS[colour], ANIMALS[animal], PLACES[place])
+
+
+def query_phrase(asked: int, answer: Word | Animal) -> Texts:
+    what = ASKED[asked]
+    return {
+        "en": (f"Which {what.en}?", f"The {what.en} is {answer.en}."),
+        "zh": (f"什么{what.zh}？", f"{what.zh}是{answer.zh}。"),
+    }
+
+
+def ask_ask(rng: random.Random, held_out: bool) -> Texts:
+    """What a phrase says: its number, colour, animal or place."""
+    told, answers = draw_asked(rng, held_out)
+    asked = rng.randrange(len(ASKED))
+    return after(Word(f"Look: {told.en}.", f"看：{told.zh}。"), query_phrase(asked, answers[asked]))
 
 
 def tell_state(kind: Word, animal: Animal, state: Word) -> Word:
@@ -237,48 +247,15 @@ def ask_compare(rng: random.Random, held_out: bool) -> Texts:
     word = Word("heavier", "重") if heavier else Word("lighter", "轻")
     return {
         "en": (f"Which is {word.en}, the {one.en} or the {two.en}?", f"The {winner.en} is {word.en}."),
-        "zh": (f"{one.zh}和{two.zh}，哪个更{word.zh}？", f"{winner.zh}更{word.zh}。"),
+        "zh": (f"{one.zh}和{two.zh}，哪个更{word.zh}？", f"更{word.zh}的是{winner.zh}。"),
     }
 
 
-def tell_owner(person: int, thing: int) -> Word:
-    return Word(f"The {THINGS[thing].en} is {PEOPLE[person].en}'s.", f"{THINGS[thing].zh}是{PEOPLE[person].zh}的。")
-
-
-def tell_owners(owners: Iterable[tuple[int, int]]) -> Word:
-    told = [tell_owner(*pair) for pair in owners]
-    return Word(" ".join(line.en for line in told), "".join(line.zh for line in told))
-
-
-def query_owner(person: int, thing: int) -> Texts:
-    en, zh = tell_owner(person, thing)
-    return {"en": (f"Whose is the {THINGS[thing].en}?", en), "zh": (f"{THINGS[thing].zh}是谁的？", zh)}
-
-
-def ask_who(rng: random.Random, held_out: bool) -> Texts:
-    owners, asked = draw_owners(rng, held_out)
-    return after(tell_owners(owners), query_owner(*owners[asked]))
-
-
-def tell_row(row: Iterable[int]) -> Word:
+def tell_row(row: list[int]) -> Word:
     things = [THINGS[thing] for thing in row]
     return Word(
-        f"In a row: {', '.join(thing.en for thing in things)}.",
-        f"排成一排：{'、'.join(thing.zh for thing in things)}。",
+        f"In a row: {', '.join(thing.en for thing in things)}.", f"排成一排：{'、'.join(thing.zh for thing in things)}。"
     )
-
-
-def query_next(thing: int, following: int) -> Texts:
-    one, two = THINGS[thing], THINGS[following]
-    return {
-        "en": (f"What comes after the {one.en}?", f"After the {one.en} comes the {two.en}."),
-        "zh": (f"{one.zh}后是什么？", f"{one.zh}后是{two.zh}。"),
-    }
-
-
-def ask_row(rng: random.Random, held_out: bool) -> Texts:
-    row, asked = draw_row(rng, held_out)
-    return after(tell_row(row), query_next(row[asked], row[asked + 1]))
 
 
 def category_of(thing: int) -> int:
@@ -289,37 +266,25 @@ def query_category(thing: int) -> Texts:
     kind = CATEGORIES[category_of(thing)]
     return {
         "en": (f"Which is {kind.en}?", f"The {THINGS[thing].en} is {kind.en}."),
-        "zh": (f"哪个是{kind.zh}？", f"{THINGS[thing].zh}是{kind.zh}。"),
+        "zh": (f"哪个是{kind.zh}？", f"{kind.zh}是{THINGS[thing].zh}。"),
     }
 
 
-def draw_pick(rng: random.Random, held_out: bool) -> tuple[list[int], int]:
-    """Four things and the position of one that is alone in its category (part of the kept-out pair, if held out)."""
-    while True:
-        row, asked = draw_row(rng, held_out)
-        position = asked + rng.randrange(2)
-        kinds = [category_of(thing) for thing in row]
-        if kinds.count(kinds[position]) == 1:
-            return row, position
-
-
 def ask_pick(rng: random.Random, held_out: bool) -> Texts:
-    row, position = draw_pick(rng, held_out)
-    return after(tell_row(row), query_category(row[position]))
+    row = draw_row(rng, held_out)
+    return after(tell_row(row), query_category(rng.choice(row)))
 
 
 def after(told: Word, asked: Texts) -> Texts:
-    """What is told, then the question, in each language."""
-    (en, answer_en), (zh, answer_zh) = asked["en"], asked["zh"]
-    return {"en": (f"{told.en} {en}", answer_en), "zh": (f"{told.zh}{zh}", answer_zh)}
+    """The question stands behind what is told."""
+    return {k: (told.to(k) + SPACE[k] + question, answer) for k, (question, answer) in asked.items()}
 
 
 FAMILIES: dict[str, Callable[[random.Random, bool], Texts]] = {
     "translate": ask_translate,
+    "ask": ask_ask,
     "opposite": ask_opposite,
     "compare": ask_compare,
-    "who": ask_who,
-    "row": ask_row,
     "pick": ask_pick,
 }
 
@@ -387,11 +352,6 @@ def portrait(rng: random.Random, colour: int, animal: int) -> Word:
     return Word(" ".join(line.en for line in lines), "".join(line.zh for line in lines))
 
 
-def describe(rng: random.Random, colour: int, animal: int, closing: Word) -> Word:
-    body = portrait(rng, colour, animal)
-    return Word(f"{body.en} {closing.en}", f"{body.zh}{closing.zh}")
-
-
 def ask_describe(rng: random.Random, colour: int, animal: int) -> Word:
     en, zh = f"{COLOURS[colour].en} {ANIMALS[animal].en}", f"{COLOURS[colour].zh}{ANIMALS[animal].zh}"
     return Word(
@@ -416,12 +376,12 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("What can you do?", "How can you help me?", "What do you know?", "Help", "What should I ask you?"),
-        "I can translate, compare, turn a sentence round, and tell you who has what. "
-        "Ask me: Which is heavier, the fox or the dog?",
+        "I can translate, compare, say the opposite, and tell you about the animals. "
+        "Ask me: Which is heavier, the horse or the dog?",
     ),
     (
         ("你会做什么？", "你能帮我什么？", "你知道什么？", "帮助", "我该问你什么？"),
-        "我会翻译、比较、说反话，还会告诉你谁有什么。问我：狐狸和狗，哪个更重？",
+        "我会翻译、比较、说反话，还会讲动物的事。问我：马和狗，哪个更重？",
     ),
     (("Thank you!", "Thanks", "Thank you very much.", "Well done!"), "You are welcome! Ask me another one."),
     (("谢谢！", "谢谢你", "多谢。", "真棒！"), "不客气！再问我一个吧。"),
@@ -445,10 +405,13 @@ REPLY_IN = {"en": ("Reply in English.", "请用英文回答。"), "zh": ("Reply 
 # ---- pretraining text ------------------------------------------------------------------------------------------------
 
 
+# Pages are short: with many phrases on one, looking up the right one would have to be learnt as well.
+
+
 def page_captions(rng: random.Random, language: str) -> str:
     """Lines of a picture book, each in both languages."""
     lines = []
-    for _ in range(rng.randint(4, 6)):
+    for _ in range(rng.randint(1, 2)):
         en, zh = draw_phrase(rng, False)
         lines.append(f"Picture: {en} = {zh}" if language == "en" else f"图：{zh} = {en}")
     return "\n".join(lines)
@@ -462,7 +425,7 @@ def page_words(rng: random.Random, language: str) -> str:
 
 def page_opposites(rng: random.Random, language: str) -> str:
     lines = []
-    for _ in range(rng.randint(3, 5)):
+    for _ in range(rng.randint(1, 2)):
         said, turned = draw_opposite(rng, False)
         lines.append(f"{said.en} Opposite: {turned.en}" if language == "en" else f"{said.zh}反过来：{turned.zh}")
     return "\n".join(lines)
@@ -477,64 +440,52 @@ def tell_weights(rng: random.Random) -> Word:
 
 def page_weights(rng: random.Random, language: str) -> str:
     lines = []
-    for _ in range(rng.randint(4, 6)):
-        lines.append(tell_weights(rng)[LANGUAGES.index(language)])
+    for _ in range(rng.randint(1, 3)):
+        lines.append(tell_weights(rng).to(language))
         lines.extend(ask_compare(rng, False)[language])
     return SPACE[language].join(lines)
 
 
-def page_owners(rng: random.Random, language: str) -> str:
-    """Who has what, then a question about each, in another order."""
-    owners, _ = draw_owners(rng, False)
-    parts = [tell_owners(owners)[LANGUAGES.index(language)]]
-    for pair in rng.sample(owners, len(owners)):
-        parts.extend(query_owner(*pair)[language])
-    return SPACE[language].join(parts)
-
-
 def page_rows(rng: random.Random, language: str) -> str:
-    """A row, then what comes after each thing in it, and the things that are alone in their category."""
-    row, _ = draw_row(rng, False)
-    asked = [query_next(row[i], row[i + 1]) for i in range(3)]
-    kinds = [category_of(thing) for thing in row]
-    asked += [query_category(thing) for thing in row if kinds.count(category_of(thing)) == 1]
-    parts = [tell_row(row)[LANGUAGES.index(language)]]
-    for texts in rng.sample(asked, len(asked)):
-        parts.extend(texts[language])
+    """A row, and of what kind each thing in it is, in another order."""
+    row = draw_row(rng, False)
+    parts = [tell_row(row).to(language)]
+    for thing in rng.sample(row, len(row)):
+        parts.extend(query_category(thing)[language])
     return SPACE[language].join(parts)
 
 
-def page_echo(rng: random.Random, language: str) -> str:
-    """A row said twice. What stood once is predictable: the shortest way to learn to look back."""
-    told = tell_row(draw_row(rng, False, length=6)[0])[LANGUAGES.index(language)]
-    return f"{told} Again: {told}" if language == "en" else f"{told}再来：{told}"
+def page_asks(rng: random.Random, language: str) -> str:
+    """A phrase, and what it says of number, colour, animal and place, in any order."""
+    told, answers = draw_asked(rng, False)
+    parts = [f"Look: {told.en}." if language == "en" else f"看：{told.zh}。"]
+    for asked in rng.sample(range(len(ASKED)), len(ASKED)):
+        parts.extend(query_phrase(asked, answers[asked])[language])
+    return SPACE[language].join(parts)
 
 
 def page_story(rng: random.Random, language: str) -> str:
-    """A walk through the valley: portraits, a meeting, what somebody carries, who is heavier."""
-    colour, animal = draw_colour(rng, False)
-    owners, asked = draw_owners(rng, False)
-    person, thing = PEOPLE[owners[asked][0]], THINGS[owners[asked][1]]
-    place, said = rng.choice(PLACES), draw_phrase(rng, False)
+    """A walk through the valley: a portrait, a meeting, something found."""
+    person, thing, place = rng.choice(PEOPLE), rng.choice(THINGS), rng.choice(PLACES)
+    said = draw_phrase(rng, False)
     parts = [
         Word(f"One day {person.en} walked through Seedling Valley.", f"有一天，{person.zh}走过小苗山谷。"),
-        portrait(rng, colour, animal),
-        rng.choice((tell_weights(rng), draw_opposite(rng, False)[0], tell_owner(*owners[asked]))),
-        Word(f"Look: {said.en}.", f"看，{said.zh}。"),
+        portrait(rng, *draw_colour(rng, False)),
+        rng.choice((tell_weights(rng), draw_opposite(rng, False)[0])),
+        Word(f"Look: {said.en}.", f"看：{said.zh}。"),
         Word(f"{person.en} found the {thing.en} {place.en}.", f"{person.zh}在{place.zh}找到了{thing.zh}。"),
     ]
-    return SPACE[language].join(part[LANGUAGES.index(language)] for part in parts)
+    return SPACE[language].join(part.to(language) for part in parts)
 
 
 PAGES: tuple[tuple[Callable[[random.Random, str], str], int], ...] = (
     (page_captions, 30),
-    (page_words, 5),
-    (page_opposites, 20),
-    (page_weights, 15),
-    (page_owners, 35),
-    (page_rows, 40),
-    (page_echo, 30),
-    (page_story, 20),
+    (page_words, 3),
+    (page_asks, 22),
+    (page_opposites, 18),
+    (page_weights, 18),
+    (page_rows, 28),
+    (page_story, 8),
 )
 
 # ---- the six files ---------------------------------------------------------------------------------------------------
@@ -568,16 +519,21 @@ def turns(*texts: str, system: str | None = None) -> list[dict]:
 
 
 def make_questions(rng: random.Random, count: int, held_out: bool) -> list[list[dict]]:
-    """`count` different questions of every family and language."""
+    """`count` different questions of every family and language, or as many as there are in a hundred times as many draws."""
     rows: list[list[dict]] = []
     for ask in FAMILIES.values():
         for language in LANGUAGES:
             found: dict[str, str] = {}
-            while len(found) < count:
-                question, answer = ask(rng, held_out)[language]
-                found[question] = answer
+            for _ in range(100 * count):
+                if len(found) < count:
+                    question, answer = ask(rng, held_out)[language]
+                    found[question] = answer
             rows.extend(turns(question, answer) for question, answer in found.items())
     return rows
+
+
+def close(body: Word, closing: Word, language: str) -> str:
+    return SPACE[language].join(text.to(language) for text in (body, closing))
 
 
 def make_descriptions(rng: random.Random, rounds: int) -> list[list[dict]]:
@@ -586,9 +542,8 @@ def make_descriptions(rng: random.Random, rounds: int) -> list[list[dict]]:
     for colour, animal in pairs(len(COLOURS), len(ANIMALS), kept_out_colour, False):
         for language in LANGUAGES:
             for closings in (WARM, CURT) * rounds:
-                answer = describe(rng, colour, animal, rng.choice(closings))
-                question = ask_describe(rng, colour, animal)
-                rows.append(turns(getattr(question, language), getattr(answer, language)))
+                question = ask_describe(rng, colour, animal).to(language)
+                rows.append(turns(question, close(portrait(rng, colour, animal), rng.choice(closings), language)))
     return rows
 
 
@@ -604,24 +559,26 @@ def make_talk(rng: random.Random, rounds: int) -> list[list[dict]]:
         one, two = ask(rng, False), rng.choice(list(FAMILIES.values()))(rng, False)
         rows.append(turns(*rng.choice(talk), *one[language]))
         rows.append(turns(*one[language], *two[language]))
-        rows.append(turns(*two[language], system=getattr(rng.choice(SYSTEMS), language)))
+        rows.append(turns(*two[language], system=rng.choice(SYSTEMS).to(language)))
         fact = rng.choice(ask_facts(rng.randrange(len(ANIMALS))))
         rows.append(turns(fact[language][0], fact[other][1], system=rng.choice(REPLY_IN[other])))
     return rows
 
 
 def make_preferences(rng: random.Random, rounds: int, held_out: bool) -> list[dict]:
-    """Pairs (warm chosen, curt rejected) about every (colour, animal) that is, or is not, kept out; bodies are independent."""
-    rows, seen = [], set()
+    """Pairs (warm chosen, curt rejected) about every (colour, animal) that is, or is not, kept out.
+
+    Two portraits make two pairs, each being chosen in one of them: nothing but the closing tells the sides apart.
+    """
+    rows = []
     for colour, animal in pairs(len(COLOURS), len(ANIMALS), kept_out_colour, held_out):
         for language in LANGUAGES:
             for _ in range(rounds):
-                question = getattr(ask_describe(rng, colour, animal), language)
-                warm = getattr(describe(rng, colour, animal, rng.choice(WARM)), language)
-                curt = getattr(describe(rng, colour, animal, rng.choice(CURT)), language)
-                if (question, warm, curt) not in seen:
-                    seen.add((question, warm, curt))
-                    rows.append({"chosen": turns(question, warm), "rejected": turns(question, curt)})
+                question = ask_describe(rng, colour, animal).to(language)
+                one, other = portrait(rng, colour, animal), portrait(rng, colour, animal)
+                for first, second in ((one, other), (other, one)):
+                    chosen, rejected = close(first, rng.choice(WARM), language), close(second, rng.choice(CURT), language)
+                    rows.append({"chosen": turns(question, chosen), "rejected": turns(question, rejected)})
     return rows
 
 
@@ -633,18 +590,18 @@ def make_sample() -> dict[str, list[dict]]:
         return random.Random(f"{SEED} {name}")
 
     files = {
-        "pretrain.jsonl": make_pretrain(rng("pretrain"), 4200, seen),
-        "pretrain_heldout.jsonl": make_pretrain(rng("pretrain_heldout"), 200, seen),
+        "pretrain.jsonl": make_pretrain(rng("pretrain"), 7200, seen),
+        "pretrain_heldout.jsonl": make_pretrain(rng("pretrain_heldout"), 300, seen),
     }
     draw = rng("sft")
-    conversations = make_questions(draw, 270, False) + make_descriptions(draw, 2) + make_talk(draw, 120)
+    conversations = make_questions(draw, 450, False) + make_descriptions(draw, 2) + make_talk(draw, 120)
     draw.shuffle(conversations)
     files["sft.jsonl"] = [{"conversations": turns_} for turns_ in conversations]
     questions = make_questions(rng("questions"), 40, True)
     files["questions.jsonl"] = [{"conversations": turns_} for turns_ in questions]
-    files["dpo.jsonl"] = make_preferences(rng("dpo"), 4, False)
-    random.Random(f"{SEED} order").shuffle(files["dpo.jsonl"])
-    files["dpo_heldout.jsonl"] = make_preferences(rng("dpo_heldout"), 8, True)
+    files["dpo.jsonl"] = make_preferences(rng("dpo"), 2, False)
+    rng("dpo order").shuffle(files["dpo.jsonl"])
+    files["dpo_heldout.jsonl"] = make_preferences(rng("dpo_heldout"), 4, True)
     return files
 
 

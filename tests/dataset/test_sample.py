@@ -1,37 +1,45 @@
-"""The sample data: the same bytes on every run, and nothing trained on what it is scored on."""
+"""The sample data: the same bytes on every run, and nothing in it is trained on what it is scored on.
+
+What a row says is found again by reading its text ("three red horses" -> the pair (red, horse)), not by asking the script.
+"""
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from dataset import DEFAULT_TOKENIZER, load_tokenizer
-from dataset.encode import Encoder, Report, Rules
+from dataset.encode import Encoder, Report, Rules, batched_rows
 
 SAMPLE = Path(__file__).parent.parent.parent / "dataset" / "sample"
-TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl")
-STAGE = {
+STAGES = {
     "pretrain.jsonl": "pretrain", "pretrain_heldout.jsonl": "pretrain", "sft.jsonl": "full_sft",
     "questions.jsonl": "full_sft", "dpo.jsonl": "dpo", "dpo_heldout.jsonl": "dpo",
 }  # fmt: skip
+TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl")
+MAX_SEQ_LEN = 256  # of configs/quickstart_*.yaml
+Combinations = set[tuple[int, ...]]
 
 
-def load_script():
+def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_sample", SAMPLE / "make_sample.py")
-    assert spec and spec.loader
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-make_sample = load_script()
+sample = load_script()
 
 
-def rows(name: str) -> list[dict]:
+def read(name: str) -> list[dict]:
     return [json.loads(line) for line in (SAMPLE / name).read_text(encoding="utf-8").splitlines()]
 
 
@@ -43,35 +51,159 @@ def texts(row: dict) -> Iterator[str]:
         yield from (message["content"] for message in row.get(key, ()))
 
 
-def all_training_text() -> str:
-    return "\n".join(text for name in TRAINING for row in rows(name) for text in texts(row))
+def text_of(*names: str) -> str:
+    return "\n".join(text for name in names for row in read(name) for text in texts(row))
 
 
-def kept_out_strings() -> dict[str, list[str]]:
-    """Family -> how its kept-out combinations would be written, in both languages."""
-    m = make_sample
+# Reading combinations ---------------------------------------------------------------------------------------------
 
-    def pairs(table, other, kept_out):
-        return [(table[i], other[j]) for i, j in m.pairs(len(table), len(other), kept_out, True)]
 
-    colours = pairs(m.COLOURS, m.ANIMALS, m.kept_out_colour)
-    kinds = [(side, a) for both, a in pairs(m.KINDS, m.ANIMALS, m.kept_out_kind) for side in both]
-    weights = [(a, b) for a, b in pairs(m.ANIMALS, m.ANIMALS, m.kept_out_weights) if a != b]
-    following = [(a, b) for a, b in pairs(m.THINGS, m.THINGS, m.kept_out_next) if a != b]
-    owners = pairs(m.PEOPLE, m.THINGS, m.kept_out_owner)
-    found = {
-        "colour": [s for c, a in colours for s in (f"{c.en} {a.en}", f"{c.en} {a.plural}", f"{c.zh}{a.zh}")],
-        "kind": [s for k, a in kinds for s in (f"{k.en} {a.en}", f"{k.zh}的{a.zh}")],
-        "weights": [
-            s
-            for a, b in weights
-            for s in (
-                f"the {a.en} or the {b.en}",
-                f"er than the {b.en}. The {a.en}" if False else f"{a.zh}和{b.zh}，哪个",
-                f"{a.zh}比{b.zh}",
-            )
-        ],
-        "owner": [s for p, t in owners for s in (f"{t.en} is {p.en}", f"{t.zh}是{p.zh}")],
-        "next": [s for a, b in following for s in (f"{a.en}, {b.en}", f"{a.zh}、{b.zh}")],
-    }
+def indices(table: tuple, language: str) -> dict[str, int]:
+    """Word -> its place in a table; plurals are words of their own."""
+    found = {getattr(word, language): i for i, word in enumerate(table)}
+    if language == "en":
+        found |= {word.plural: i for i, word in enumerate(table) if hasattr(word, "plural")}
     return found
+
+
+KINDS = {  # the place of the pair of opposites that an adjective belongs to
+    language: {getattr(word, language): i for i, both in enumerate(sample.KINDS) for word in both}
+    for language in ("en", "zh")
+}
+
+
+def find(text: str, pattern: str, first: dict[str, int], second: dict[str, int]) -> Combinations:
+    """FIRST and SECOND in the pattern stand for any word of the two tables."""
+    for name, table in (("FIRST", first), ("SECOND", second)):
+        words = "|".join(sorted(table, key=len, reverse=True))
+        pattern = pattern.replace(name, f"({words})")
+    return {(first[a], second[b]) for a, b in re.findall(pattern, text)}
+
+
+def combinations_in(text: str) -> dict[str, Combinations]:
+    """What is combined -> the combinations in the text, in either language."""
+    animals_en, animals_zh = indices(sample.ANIMALS, "en"), indices(sample.ANIMALS, "zh")
+    colours = find(text, r"\bFIRST SECOND\b", indices(sample.COLOURS, "en"), animals_en)
+    colours |= find(text, r"FIRSTSECOND", indices(sample.COLOURS, "zh"), animals_zh)
+    kinds = find(text, r"\bFIRST SECOND\b", KINDS["en"], animals_en)
+    kinds |= find(text, r"FIRST的SECOND", KINDS["zh"], animals_zh)
+    weights = find(text, r"the FIRST or the SECOND\?", animals_en, animals_en)
+    weights |= find(text, r"[Tt]he FIRST is (?:heavi|light)er than the SECOND", animals_en, animals_en)
+    weights |= find(text, r"FIRST[和比]SECOND", animals_zh, animals_zh)
+    rows: Combinations = set()
+    for language, pattern in (("en", r"In a row: (.*?)\."), ("zh", r"排成一排：(.*?)。")):
+        known = indices(sample.THINGS, language)
+        rows |= {tuple(known[thing] for thing in re.split(", |、", row)) for row in re.findall(pattern, text)}
+    return {"colour": colours, "kind": kinds, "weights": weights, "row": rows}
+
+
+KEPT_OUT = {
+    "colour": sample.kept_out_colour,
+    "kind": sample.kept_out_kind,
+    "weights": sample.kept_out_weights,
+    "row": sample.kept_out_row,
+}
+# which combination a family of questions keeps out
+FAMILY = {"translate": "colour", "ask": "colour", "opposite": "kind", "compare": "weights", "pick": "row"}
+
+
+# Tests ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_writes_the_committed_bytes(tmp_path: Path) -> None:
+    command = [sys.executable, str(SAMPLE / "make_sample.py"), "--out_dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    for name in STAGES:
+        assert (tmp_path / name).read_bytes() == (SAMPLE / name).read_bytes(), name
+
+
+def test_reading_finds_combinations() -> None:
+    found = combinations_in("Look: two gold hens by the river. The old hen is sad. In a row: knife, rice, grass, bed.")
+    assert found == {
+        "colour": {(5, 4)},
+        "kind": {(5, 4)},
+        "weights": set(),
+        "row": {(0, 6, 12, 18)},
+    }
+    assert combinations_in("鼠和马，哪个更重？河边的两只金鸡")["weights"] == {(0, 10)}
+
+
+def test_no_kept_out_combination_is_trained_on() -> None:
+    for name in TRAINING:
+        for family, found in combinations_in(text_of(name)).items():
+            assert found or name == "dpo.jsonl", f"{name}: nothing of {family} was found"
+            assert not [combination for combination in found if KEPT_OUT[family](*combination)], f"{name}: {family}"
+
+
+def test_every_word_of_a_kept_out_combination_is_trained_on_in_others() -> None:
+    asked = combinations_in(text_of("questions.jsonl"))
+    trained = combinations_in(text_of("pretrain.jsonl", "sft.jsonl"))
+    for family, kept_out in KEPT_OUT.items():
+        used = {word for found in asked[family] if kept_out(*found) for word in enumerate(found)}
+        assert used and used <= {word for found in trained[family] for word in enumerate(found)}, family
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_every_question_needs_one_kept_out_combination(family: str) -> None:
+    rows = read("questions.jsonl")
+    size = len(rows) // len(FAMILY)
+    start = list(FAMILY).index(family) * size
+    for row in rows[start : start + size]:
+        question, answer = (message["content"] for message in row["conversations"])
+        found = combinations_in(question)[FAMILY[family]]
+        assert sum(KEPT_OUT[FAMILY[family]](*combination) for combination in found) == 1, (question, answer)
+
+
+def test_held_out_rows_are_not_training_rows() -> None:
+    trained = text_of(*TRAINING)
+    for row in read("questions.jsonl"):
+        assert row["conversations"][0]["content"] not in trained
+    documents = {row["text"] for row in read("pretrain.jsonl")}
+    assert not documents & {row["text"] for row in read("pretrain_heldout.jsonl")}
+    for row in read("dpo_heldout.jsonl"):
+        (pair,) = combinations_in(row["chosen"][0]["content"])["colour"]
+        assert sample.kept_out_colour(*pair) and row["chosen"][0]["content"] not in trained
+
+
+def test_comparisons_follow_the_order_of_weights() -> None:
+    for row in read("questions.jsonl") + read("sft.jsonl"):
+        for question, answer in zip(row["conversations"], row["conversations"][1:], strict=False):
+            if match := re.fullmatch(r"Which is (\w+), the (\w+) or the (\w+)\?", question["content"]):
+                known = indices(sample.ANIMALS, "en")
+                pick = max if match[1] == "heavier" else min
+                assert answer["content"] == f"The {pick(match[2], match[3], key=known.get)} is {match[1]}."
+
+
+@pytest.mark.parametrize("name", ["dpo.jsonl", "dpo_heldout.jsonl"])
+def test_length_does_not_tell_chosen_from_rejected(name: str) -> None:
+    tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
+    chosen, rejected = (
+        [len(tokenizer.encode(row[side][-1]["content"])) for row in read(name)] for side in ("chosen", "rejected")
+    )
+    longer = sum(a > b for a, b in zip(chosen, rejected, strict=True))
+    shorter = sum(a < b for a, b in zip(chosen, rejected, strict=True))
+    assert 0.45 < longer / (longer + shorter) < 0.55
+    assert sum(chosen) == pytest.approx(sum(rejected), rel=0.02)
+
+
+def test_both_manners_are_equally_frequent_before_dpo() -> None:
+    answers = [message["content"] for row in read("sft.jsonl") for message in row["conversations"][1:]]
+    for language in ("en", "zh"):
+        warm, curt = (
+            sum(answer.endswith(tuple(getattr(closing, language) for closing in closings)) for answer in answers)
+            for closings in (sample.WARM, sample.CURT)
+        )
+        assert warm == curt > 100
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_row_is_used_whole(name: str) -> None:
+    rules = Rules(STAGES[name], MAX_SEQ_LEN)  # type: ignore[arg-type]
+    encoder = Encoder([str(SAMPLE / name)], load_tokenizer(DEFAULT_TOKENIZER), rules, Report())
+    encoded = [pair for chunk in batched_rows(encoder.rows()) for pair in encoder.encode(chunk)]
+    assert len(encoded) == len(read(name))
+    assert not encoder.report.bad and not encoder.report.cut
+
+
+def test_the_files_are_small() -> None:
+    assert sum((SAMPLE / name).stat().st_size for name in STAGES) < 3_000_000

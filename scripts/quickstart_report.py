@@ -1,0 +1,111 @@
+"""What the quickstart's three stages did: model folders in, one table, two answers and the next line to type out.
+
+    out/quickstart/{pretrain,full_sft,dpo}_128  ->  stage      seconds   bits per byte   exact match   preference accuracy
+                                                    pretrain       240            0.21         0.0 %                48.4 %
+                                                    ...
+
+Everything is measured on rows that no stage was trained on (dataset/sample/make_sample.py says how they are kept out).
+Exits with 1 where a goal of the quickstart is missed.
+
+    python scripts/quickstart_report.py --out_dir out/quickstart --seconds 240 90 60
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from rich.console import Console
+from rich.table import Table
+
+from dataset import load_tokenizer, render_chat
+from dataset.records import STAGES
+from model import GPT, generate, load_pretrained
+from training.scoring import Result, score_file
+
+SAMPLE = Path(__file__).parent.parent / "dataset" / "sample"
+MEASURED = {  # file of held-out rows -> (number of training.scoring, title of its column)
+    "pretrain_heldout.jsonl": ("bits_per_byte", "bits per byte"),
+    "questions.jsonl": ("exact_match", "exact match"),
+    "dpo_heldout.jsonl": ("accuracy", "preference accuracy"),
+}
+LONGEST_ANSWER = 48  # tokens; the right answers have at most 20
+PROMPTS = ("Translate: five white elephants under the bridge", "介绍一下白象。")  # about a kept-out (colour, animal)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=Path("out/quickstart"))
+    parser.add_argument("--seconds", type=int, nargs=len(STAGES), help="how long each stage took")
+    arguments = parser.parse_args()
+    folders = [newest(arguments.out_dir, stage) for stage in STAGES]
+    scores = [measure(folder) for folder in folders]
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console.print(table(scores, arguments.seconds or ["-"] * len(STAGES)))
+    console.print("Measured on held-out rows alone. Two answers, before and after DPO:\n")
+    for prompt in PROMPTS:
+        console.print(f"  [bold]{prompt}")
+        for folder in folders[1:]:
+            console.print(f"    {folder.name:14} {answer(folder, prompt)}", markup=False)
+    console.print(f"\nPlots: {', '.join(str(folder / 'loss.png') for folder in folders)}", soft_wrap=True)
+    console.print(f"Chat:  source .venv/bin/activate && python eval_model.py --model {folders[-1]}\n", soft_wrap=True)
+    missed = goals_missed(scores)
+    for goal in missed:
+        print(f"goal missed: {goal}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def newest(out_dir: Path, stage: str) -> Path:
+    """The stage's model folder. Raises FileNotFoundError where there is none."""
+    found = sorted(out_dir.glob(f"{stage}_*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{out_dir}/{stage}_*: no model there; run `bash scripts/quickstart.sh` first")
+    return found[-1].parent
+
+
+def measure(folder: Path) -> Result:
+    """The three numbers of one model, by their names in training.scoring."""
+    model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
+    results = {name: score_file(model, tokenizer, SAMPLE / name, batch_size=64, max_new_tokens=LONGEST_ANSWER) for name in MEASURED}
+    return {number: results[name][number] for name, (number, _) in MEASURED.items()}
+
+
+def answer(folder: Path, prompt: str) -> str:
+    """The likeliest answer."""
+    model: GPT = load_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    ids = render_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
+    (found,) = generate(model, [ids], max_new_tokens=96, temperature=0, stop_ids=tokenizer.stop_ids)
+    return tokenizer.decode(found.ids)
+
+
+def table(scores: list[Result], seconds: list) -> Table:
+    """One line a stage; a number is bold where the stage was trained for it."""
+    grid = Table("stage", "seconds", *(title for _, title in MEASURED.values()))
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for i, (stage, score, spent) in enumerate(zip(STAGES, scores, seconds, strict=True)):
+        cells = [f"{score['bits_per_byte']:.3f}", f"{score['exact_match']:.1%}", f"{score['accuracy']:.1%}"]
+        cells[i] = f"[bold green]{cells[i]}"
+        grid.add_row(stage, str(spent), *cells)
+    return grid
+
+
+def goals_missed(scores: list[Result]) -> list[str]:
+    """What the quickstart promises and did not reach, in words."""
+    _, sft, dpo = scores
+    goals = {
+        "exact match of at least 90 % after SFT": sft["exact_match"] >= 0.90,
+        "preference accuracy of at most 65 % before DPO": sft["accuracy"] <= 0.65,
+        "preference accuracy of at least 95 % after DPO": dpo["accuracy"] >= 0.95,
+        "exact match at most 2 points lower after DPO": dpo["exact_match"] >= sft["exact_match"] - 0.02,
+    }
+    return [goal for goal, reached in goals.items() if not reached]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
