@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${SEEDLING_PYTHON:-${PYTHON:-python3}}"
 source scripts/environment.sh
 
+trap 'exit 130' INT TERM  # a stage that is interrupted saves and ends well; the next must not start
 OUT=out/quickstart
 seconds=()
 rm -rf "$OUT/pretrain_128" "$OUT/full_sft_128" "$OUT/dpo_128"

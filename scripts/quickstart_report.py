@@ -67,7 +67,10 @@ def newest(out_dir: Path, stage: str) -> Path:
 def measure(folder: Path) -> Result:
     """The three numbers of one model, by their names in training.scoring."""
     model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
-    results = {name: score_file(model, tokenizer, SAMPLE / name, batch_size=64, max_new_tokens=LONGEST_ANSWER) for name in MEASURED}
+    results = {
+        name: score_file(model, tokenizer, SAMPLE / name, batch_size=64, max_new_tokens=LONGEST_ANSWER)
+        for name in MEASURED
+    }
     return {number: results[name][number] for name, (number, _) in MEASURED.items()}
 
 

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,7 +122,7 @@ class Run:
             )
         if self.first:
             save_config(config, config.run_dir / "config.yaml")
-        with StopSignals(self.say) as stop, ThreadPoolExecutor(1) as pool:
+        with StopSignals() as stop, ThreadPoolExecutor(1) as pool:
             upcoming = pool.submit(self.loader.update, progress.position)
             self.window.start()
             while progress.step < self.total_steps:
@@ -400,8 +399,7 @@ class Window:
 class StopSignals:
     """SIGTERM and Ctrl-C ask for a stop after the running update; a second Ctrl-C stops at once."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self.requested, self.say = False, say
+    requested = False
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -28,6 +28,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +103,9 @@ THINGS = words(
     "grass 草, willow 柳, lotus 荷, flower 花, tree 树, bamboo 竹, "
     "bed 床, table 桌, mirror 镜, mat 席, clock 钟, curtain 帘"
 )
-PEOPLE = words("Tom 王明, Lily 李红, Ben 张兰, Anna 陈军, Sam 赵雨, Jack 周雪, Henry 吴刚, Tim 孙美, John 刘林, May 杨云")
+PEOPLE = words(
+    "Tom 王明, Lily 李红, Ben 张兰, Anna 陈军, Sam 赵雨, Jack 周雪, Henry 吴刚, Tim 孙美, John 刘林, May 杨云"
+)
 FOODS = words("bread 面包, honey 蜂蜜, noodles 面条, rice 米饭, soup 热汤, nuts 果子, tea 茶叶, fruit 水果")
 HABITS = (
     Word("It sings in the morning.", "它早上爱唱歌。"),
@@ -203,7 +206,11 @@ ASKED = words("number 数目, colour 颜色, animal 动物, place 地方")
 
 def draw_asked(rng: random.Random, held_out: bool) -> tuple[Word, tuple[Word | Animal, ...]]:
     """A phrase, and the answers to ASKED."""
-    number, (colour, animal), place = rng.randrange(len(NUMBERS)), draw_colour(rng, held_out), rng.randrange(len(PLACES))
+    number, (colour, animal), place = (
+        rng.randrange(len(NUMBERS)),
+        draw_colour(rng, held_out),
+        rng.randrange(len(PLACES)),
+    )
     return phrase(number, colour, animal, place), (NUMBERS[number], COLOURS[colour], ANIMALS[animal], PLACES[place])
 
 
@@ -254,7 +261,8 @@ def ask_compare(rng: random.Random, held_out: bool) -> Texts:
 def tell_row(row: list[int]) -> Word:
     things = [THINGS[thing] for thing in row]
     return Word(
-        f"In a row: {', '.join(thing.en for thing in things)}.", f"排成一排：{'、'.join(thing.zh for thing in things)}。"
+        f"In a row: {', '.join(thing.en for thing in things)}.",
+        f"排成一排：{'、'.join(thing.zh for thing in things)}。",
     )
 
 
@@ -323,10 +331,10 @@ def ask_facts(animal: int) -> list[Texts]:
 
 
 def portrait(rng: random.Random, colour: int, animal: int) -> Word:
-    """Two or three sentences about one animal, the closing not included.
+    """Three sentences about one animal, the closing not included.
 
-    Some sentences are drawn much more often than others, and their number varies: two portraits of one animal differ by
-    several nats under any model. Otherwise the faintest leaning to one manner would decide every pair in the same way.
+    Some sentences are drawn much more often than others, so that two portraits of one animal differ by a few nats under
+    any model. Otherwise the faintest leaning to one manner would decide every preference pair in the same way.
     """
     beast = ANIMALS[animal]
     opening = rng.choice(
@@ -342,9 +350,8 @@ def portrait(rng: random.Random, colour: int, animal: int) -> Word:
         *HABITS,
     ]
     weights = [2.0**-i for i in range(len(more))]
-    count = rng.choice((1, 1, 2))
     chosen: list[int] = []
-    while len(chosen) < count:
+    while len(chosen) < 2:
         drawn = rng.choices(range(len(more)), weights)[0]
         if drawn not in chosen:
             chosen.append(drawn)
@@ -360,42 +367,44 @@ def ask_describe(rng: random.Random, colour: int, animal: int) -> Word:
     )
 
 
-SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("Hello!", "Hello", "Hi", "Hi!", "Good morning!"),
-        "Hello! I am Seedling. What would you like to know about the valley?",
+# language -> (questions that are answered alike, the answer)
+SMALL_TALK: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
+    "en": (
+        (
+            ("Hello!", "Hello", "Hi", "Hi!", "Good morning!"),
+            "Hello! I am Seedling. What would you like to know about the valley?",
+        ),
+        (
+            ("Who are you?", "What is your name?", "Who made you?", "Are you a person?", "What are you?"),
+            "I am Seedling, a small language model. I was trained on this computer.",
+        ),
+        (
+            ("What can you do?", "How can you help me?", "What do you know?", "Help", "What should I ask you?"),
+            "I can translate, compare, say the opposite, and tell you about the animals. "
+            "Ask me: Which is heavier, the horse or the dog?",
+        ),
+        (("Thank you!", "Thanks", "Thank you very much.", "Well done!"), "You are welcome! Ask me another one."),
+        (("Goodbye!", "Bye", "See you tomorrow.", "Good night."), "Goodbye! Come back to the valley soon."),
+        (
+            ("Where is the valley?", "Tell me about the valley.", "Who lives in the valley?"),
+            "The valley lies between the hill and the lake. Fourteen kinds of animals live there.",
+        ),
     ),
-    (("你好！", "你好", "您好", "早上好！", "嗨"), "你好！我是小苗。你想知道山谷里的什么事？"),
-    (
-        ("Who are you?", "What is your name?", "Who made you?", "Are you a person?", "What are you?"),
-        "I am Seedling, a small language model. I was trained on this computer.",
+    "zh": (
+        (("你好！", "你好", "您好", "早上好！", "嗨"), "你好！我是小苗。你想知道山谷里的什么事？"),
+        (
+            ("你是谁？", "你叫什么名字？", "谁训练了你？", "你是人吗？", "你是什么？"),
+            "我是小苗，一个很小的语言模型。我是在这台电脑上训练出来的。",
+        ),
+        (
+            ("你会做什么？", "你能帮我什么？", "你知道什么？", "帮助", "我该问你什么？"),
+            "我会翻译、比较、说反话，还会讲动物的事。问我：马和狗，哪个更重？",
+        ),
+        (("谢谢！", "谢谢你", "多谢。", "真棒！"), "不客气！再问我一个吧。"),
+        (("再见！", "拜拜", "明天见。", "晚安。"), "再见！早点回山谷来玩。"),
+        (("山谷在哪里？", "介绍一下山谷。", "山谷里住着谁？"), "山谷在小山和湖的中间，那里住着十四种动物。"),
     ),
-    (
-        ("你是谁？", "你叫什么名字？", "谁训练了你？", "你是人吗？", "你是什么？"),
-        "我是小苗，一个很小的语言模型。我是在这台电脑上训练出来的。",
-    ),
-    (
-        ("What can you do?", "How can you help me?", "What do you know?", "Help", "What should I ask you?"),
-        "I can translate, compare, say the opposite, and tell you about the animals. "
-        "Ask me: Which is heavier, the horse or the dog?",
-    ),
-    (
-        ("你会做什么？", "你能帮我什么？", "你知道什么？", "帮助", "我该问你什么？"),
-        "我会翻译、比较、说反话，还会讲动物的事。问我：马和狗，哪个更重？",
-    ),
-    (("Thank you!", "Thanks", "Thank you very much.", "Well done!"), "You are welcome! Ask me another one."),
-    (("谢谢！", "谢谢你", "多谢。", "真棒！"), "不客气！再问我一个吧。"),
-    (("Goodbye!", "Bye", "See you tomorrow.", "Good night."), "Goodbye! Come back to the valley soon."),
-    (("再见！", "拜拜", "明天见。", "晚安。"), "再见！早点回山谷来玩。"),
-    (
-        ("Where is the valley?", "Tell me about the valley.", "Who lives in the valley?"),
-        "The valley lies between the hill and the lake. Fourteen kinds of animals live there.",
-    ),
-    (
-        ("山谷在哪里？", "介绍一下山谷。", "山谷里住着谁？"),
-        "山谷在小山和湖的中间，那里住着十四种动物。",
-    ),
-)
+}
 SYSTEMS = (
     Word("You are Seedling, a guide to the valley.", "你是小苗，山谷的向导。"),
     Word("Be brief and correct.", "回答要简短、正确。"),
@@ -550,7 +559,7 @@ def make_descriptions(rng: random.Random, rounds: int) -> list[list[dict]]:
 def make_talk(rng: random.Random, rounds: int) -> list[list[dict]]:
     """Facts, small talk, conversations of several turns, and system prompts that name the language of the reply."""
     facts = [texts[language] for a in range(len(ANIMALS)) for texts in ask_facts(a) for language in LANGUAGES]
-    talk = [(question, answer) for questions, answer in SMALL_TALK for question in questions]
+    talk = [(q, answer) for groups in SMALL_TALK.values() for questions, answer in groups for q in questions]
     rows = [turns(*pair) for pair in (facts + talk) * 2]
     for _ in range(rounds):
         language = rng.choice(LANGUAGES)
@@ -577,8 +586,25 @@ def make_preferences(rng: random.Random, rounds: int, held_out: bool) -> list[di
                 question = ask_describe(rng, colour, animal).to(language)
                 one, other = portrait(rng, colour, animal), portrait(rng, colour, animal)
                 for first, second in ((one, other), (other, one)):
-                    chosen, rejected = close(first, rng.choice(WARM), language), close(second, rng.choice(CURT), language)
+                    chosen, rejected = (
+                        close(first, rng.choice(WARM), language),
+                        close(second, rng.choice(CURT), language),
+                    )
                     rows.append({"chosen": turns(question, chosen), "rejected": turns(question, rejected)})
+    return rows
+
+
+def make_reminders(rng: random.Random, count: int) -> list[dict]:
+    """Pairs (right answer, the answer to another question of its kind): what SFT taught is to stay while the manner changes."""
+    kinds = [[draw] * count for draw in (partial(ask, rng, False) for ask in FAMILIES.values())]
+    rows = []
+    for language in LANGUAGES:
+        asked = [[draw()[language] for draw in draws] for draws in kinds]
+        asked.append([(q, answer) for questions, answer in SMALL_TALK[language] for q in questions])
+        for questions in asked:
+            for (question, right), (_, wrong) in zip(questions, questions[1:] + questions[:1], strict=True):
+                if right != wrong:
+                    rows.append({"chosen": turns(question, right), "rejected": turns(question, wrong)})
     return rows
 
 
@@ -589,20 +615,25 @@ def make_sample() -> dict[str, list[dict]]:
     def rng(name: str) -> random.Random:
         return random.Random(f"{SEED} {name}")
 
-    files = {
-        "pretrain.jsonl": make_pretrain(rng("pretrain"), 7200, seen),
-        "pretrain_heldout.jsonl": make_pretrain(rng("pretrain_heldout"), 300, seen),
-    }
+    def conversations(rows: list[list[dict]]) -> list[dict]:
+        return [{"conversations": messages} for messages in rows]
+
+    pretrain = make_pretrain(rng("pretrain"), 7200, seen)
+    pretrain_heldout = make_pretrain(rng("pretrain_heldout"), 300, seen)
     draw = rng("sft")
-    conversations = make_questions(draw, 450, False) + make_descriptions(draw, 2) + make_talk(draw, 120)
-    draw.shuffle(conversations)
-    files["sft.jsonl"] = [{"conversations": turns_} for turns_ in conversations]
-    questions = make_questions(rng("questions"), 40, True)
-    files["questions.jsonl"] = [{"conversations": turns_} for turns_ in questions]
-    files["dpo.jsonl"] = make_preferences(rng("dpo"), 2, False)
-    rng("dpo order").shuffle(files["dpo.jsonl"])
-    files["dpo_heldout.jsonl"] = make_preferences(rng("dpo_heldout"), 4, True)
-    return files
+    sft = conversations(make_questions(draw, 450, False) + make_descriptions(draw, 2) + make_talk(draw, 120))
+    draw.shuffle(sft)
+    draw = rng("dpo")
+    dpo = make_preferences(draw, 2, False) + make_reminders(draw, 20)
+    draw.shuffle(dpo)
+    return {
+        "pretrain.jsonl": pretrain,
+        "pretrain_heldout.jsonl": pretrain_heldout,
+        "sft.jsonl": sft,
+        "questions.jsonl": conversations(make_questions(rng("questions"), 40, True)),
+        "dpo.jsonl": dpo,
+        "dpo_heldout.jsonl": make_preferences(rng("dpo_heldout"), 4, True),
+    }
 
 
 def main() -> None:
