@@ -6,13 +6,12 @@ What flows through: fixed word tables and one seeded random generator -> six JSO
     {"conversations": [{"role": "user", "content": "Translate: three red horses on the hill"},
                        {"role": "assistant", "content": "山上的三匹红马"}]}
 
-Five families of questions, each in both languages, are answered by a rule and not by a memory:
+Four families of questions, each in both languages, are answered by a rule and not by a memory:
 
     translate   a phrase -> the other language                                     kept out: (colour, animal) pairs
     ask         "Look: three red horses on the hill. Which colour?"                          (colour, animal) pairs
     opposite    "The old fish is sad." -> "The young fish is happy."                (pair of adjectives, animal) pairs
     compare     which of two animals is heavier            pairs of animals, two or more places apart in weight
-    pick        which thing in a row is a tool, a food, a plant or a furnishing               sets of things in a row
 
 A kept-out combination is written nowhere in `pretrain.jsonl`, `sft.jsonl` or `dpo.jsonl`, in either language, while each of
 its words is there in other combinations. `questions.jsonl` asks about kept-out combinations alone.
@@ -28,7 +27,6 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,8 +93,6 @@ KINDS = opposites(
 STATES = opposites(
     "hot 热/cold 冷, near 近/far 远, early 早/late 晚, happy 高兴/sad 难过, busy 忙/free 闲, quiet 静/loud 闹"
 )
-# Six things of each category, in the order of CATEGORIES.
-CATEGORIES = words("a tool 工具, a food 食物, a plant 植物, a furnishing 家具")
 THINGS = words(
     "knife 刀, needle 针, net 网, sword 剑, pen 笔, lock 锁, "
     "rice 饭, soup 汤, meat 肉, peach 桃, tea 茶, plum 梅, "
@@ -146,11 +142,6 @@ def kept_out_weights(first: int, second: int) -> bool:
     return high - low >= 2 and (low + 2 * high) % 6 == 0
 
 
-def kept_out_row(*things: int) -> bool:
-    """A set of things, in any order. Any two of them stand together in other rows."""
-    return sum(things) % 7 == 3
-
-
 def pairs(rows: int, columns: int, kept_out: Callable[[int, int], bool], wanted: bool) -> list[tuple[int, int]]:
     """All (row, column) that are kept out, if `wanted`, or else are not."""
     return [(i, j) for i in range(rows) for j in range(columns) if kept_out(i, j) == wanted]
@@ -170,16 +161,7 @@ def draw_weights(rng: random.Random, held_out: bool) -> tuple[int, int]:
     return rng.choice([(i, j) for i, j in both if i != j])
 
 
-def draw_row(rng: random.Random, held_out: bool) -> list[int]:
-    """One thing of each category, shuffled."""
-    size = len(THINGS) // len(CATEGORIES)
-    while True:
-        row = [size * category + rng.randrange(size) for category in range(len(CATEGORIES))]
-        if kept_out_row(*row) == held_out:
-            return rng.sample(row, len(row))
-
-
-# ---- the five families: one drawn combination, told in both languages -------------------------------------------------
+# ---- the four families: one drawn combination, told in both languages -------------------------------------------------
 
 
 def phrase(number: int, colour: int, animal: int, place: int) -> Word:
@@ -204,17 +186,15 @@ def ask_translate(rng: random.Random, held_out: bool) -> Texts:
 ASKED = words("number 数目, colour 颜色, animal 动物, place 地方")
 
 
-def draw_asked(rng: random.Random, held_out: bool) -> tuple[Word, tuple[Word | Animal, ...]]:
+def draw_asked(rng: random.Random, held_out: bool) -> tuple[Word, tuple[Word, ...]]:
     """A phrase, and the answers to ASKED."""
-    number, (colour, animal), place = (
-        rng.randrange(len(NUMBERS)),
-        draw_colour(rng, held_out),
-        rng.randrange(len(PLACES)),
-    )
-    return phrase(number, colour, animal, place), (NUMBERS[number], COLOURS[colour], ANIMALS[animal], PLACES[place])
+    number, place = rng.randrange(len(NUMBERS)), rng.randrange(len(PLACES))
+    colour, animal = draw_colour(rng, held_out)
+    beast = Word(f"the {ANIMALS[animal].en}", ANIMALS[animal].zh)
+    return phrase(number, colour, animal, place), (NUMBERS[number], COLOURS[colour], beast, PLACES[place])
 
 
-def query_phrase(asked: int, answer: Word | Animal) -> Texts:
+def query_phrase(asked: int, answer: Word) -> Texts:
     what = ASKED[asked]
     return {
         "en": (f"Which {what.en}?", f"The {what.en} is {answer.en}."),
@@ -258,31 +238,6 @@ def ask_compare(rng: random.Random, held_out: bool) -> Texts:
     }
 
 
-def tell_row(row: list[int]) -> Word:
-    things = [THINGS[thing] for thing in row]
-    return Word(
-        f"In a row: {', '.join(thing.en for thing in things)}.",
-        f"排成一排：{'、'.join(thing.zh for thing in things)}。",
-    )
-
-
-def category_of(thing: int) -> int:
-    return thing // (len(THINGS) // len(CATEGORIES))
-
-
-def query_category(thing: int) -> Texts:
-    kind = CATEGORIES[category_of(thing)]
-    return {
-        "en": (f"Which is {kind.en}?", f"The {THINGS[thing].en} is {kind.en}."),
-        "zh": (f"哪个是{kind.zh}？", f"{kind.zh}是{THINGS[thing].zh}。"),
-    }
-
-
-def ask_pick(rng: random.Random, held_out: bool) -> Texts:
-    row = draw_row(rng, held_out)
-    return after(tell_row(row), query_category(rng.choice(row)))
-
-
 def after(told: Word, asked: Texts) -> Texts:
     """The question stands behind what is told."""
     return {k: (told.to(k) + SPACE[k] + question, answer) for k, (question, answer) in asked.items()}
@@ -293,7 +248,6 @@ FAMILIES: dict[str, Callable[[random.Random, bool], Texts]] = {
     "ask": ask_ask,
     "opposite": ask_opposite,
     "compare": ask_compare,
-    "pick": ask_pick,
 }
 
 # ---- the facts of the valley and open prompts ------------------------------------------------------------------------
@@ -411,10 +365,7 @@ SYSTEMS = (
 )
 REPLY_IN = {"en": ("Reply in English.", "请用英文回答。"), "zh": ("Reply in Chinese.", "请用中文回答。")}
 
-# ---- pretraining text ------------------------------------------------------------------------------------------------
-
-
-# Pages are short: with many phrases on one, looking up the right one would have to be learnt as well.
+# ---- pretraining text: short pages, since with many phrases on one the right one would first have to be found -----------
 
 
 def page_captions(rng: random.Random, language: str) -> str:
@@ -455,15 +406,6 @@ def page_weights(rng: random.Random, language: str) -> str:
     return SPACE[language].join(lines)
 
 
-def page_rows(rng: random.Random, language: str) -> str:
-    """A row, and of what kind each thing in it is, in another order."""
-    row = draw_row(rng, False)
-    parts = [tell_row(row).to(language)]
-    for thing in rng.sample(row, len(row)):
-        parts.extend(query_category(thing)[language])
-    return SPACE[language].join(parts)
-
-
 def page_asks(rng: random.Random, language: str) -> str:
     """A phrase, and what it says of number, colour, animal and place, in any order."""
     told, answers = draw_asked(rng, False)
@@ -493,7 +435,6 @@ PAGES: tuple[tuple[Callable[[random.Random, str], str], int], ...] = (
     (page_asks, 22),
     (page_opposites, 18),
     (page_weights, 18),
-    (page_rows, 28),
     (page_story, 8),
 )
 
@@ -596,13 +537,12 @@ def make_preferences(rng: random.Random, rounds: int, held_out: bool) -> list[di
 
 def make_reminders(rng: random.Random, count: int) -> list[dict]:
     """Pairs (right answer, the answer to another question of its kind): what SFT taught is to stay while the manner changes."""
-    kinds = [[draw] * count for draw in (partial(ask, rng, False) for ask in FAMILIES.values())]
     rows = []
     for language in LANGUAGES:
-        asked = [[draw()[language] for draw in draws] for draws in kinds]
-        asked.append([(q, answer) for questions, answer in SMALL_TALK[language] for q in questions])
-        for questions in asked:
-            for (question, right), (_, wrong) in zip(questions, questions[1:] + questions[:1], strict=True):
+        kinds = [[ask(rng, False)[language] for _ in range(count)] for ask in FAMILIES.values()]
+        kinds.append([(question, answer) for questions, answer in SMALL_TALK[language] for question in questions])
+        for asked in kinds:
+            for (question, right), (_, wrong) in zip(asked, asked[1:] + asked[:1], strict=True):
                 if right != wrong:
                     rows.append({"chosen": turns(question, right), "rejected": turns(question, wrong)})
     return rows
@@ -618,7 +558,7 @@ def make_sample() -> dict[str, list[dict]]:
     def conversations(rows: list[list[dict]]) -> list[dict]:
         return [{"conversations": messages} for messages in rows]
 
-    pretrain = make_pretrain(rng("pretrain"), 7200, seen)
+    pretrain = make_pretrain(rng("pretrain"), 5600, seen)
     pretrain_heldout = make_pretrain(rng("pretrain_heldout"), 300, seen)
     draw = rng("sft")
     sft = conversations(make_questions(draw, 450, False) + make_descriptions(draw, 2) + make_talk(draw, 120))

@@ -90,21 +90,16 @@ def combinations_in(text: str) -> dict[str, Combinations]:
     weights = find(text, r"the FIRST or the SECOND\?", animals_en, animals_en)
     weights |= find(text, r"[Tt]he FIRST is (?:heavi|light)er than the SECOND", animals_en, animals_en)
     weights |= find(text, r"FIRST[和比]SECOND", animals_zh, animals_zh)
-    rows: Combinations = set()
-    for language, pattern in (("en", r"In a row: (.*?)\."), ("zh", r"排成一排：(.*?)。")):
-        known = indices(sample.THINGS, language)
-        rows |= {tuple(known[thing] for thing in re.split(", |、", row)) for row in re.findall(pattern, text)}
-    return {"colour": colours, "kind": kinds, "weights": weights, "row": rows}
+    return {"colour": colours, "kind": kinds, "weights": weights}
 
 
 KEPT_OUT = {
     "colour": sample.kept_out_colour,
     "kind": sample.kept_out_kind,
     "weights": sample.kept_out_weights,
-    "row": sample.kept_out_row,
 }
 # which combination a family of questions keeps out
-FAMILY = {"translate": "colour", "ask": "colour", "opposite": "kind", "compare": "weights", "pick": "row"}
+FAMILY = {"translate": "colour", "ask": "colour", "opposite": "kind", "compare": "weights"}
 
 
 # Tests ------------------------------------------------------------------------------------------------------------
@@ -118,12 +113,11 @@ def test_the_script_writes_the_committed_bytes(tmp_path: Path) -> None:
 
 
 def test_reading_finds_combinations() -> None:
-    found = combinations_in("Look: two gold hens by the river. The old hen is sad. In a row: knife, rice, grass, bed.")
+    found = combinations_in("Look: two gold hens by the river. The old hen is sad.")
     assert found == {
         "colour": {(5, 4)},
         "kind": {(5, 4)},
         "weights": set(),
-        "row": {(0, 6, 12, 18)},
     }
     assert combinations_in("鼠和马，哪个更重？河边的两只金鸡")["weights"] == {(0, 10)}
 
