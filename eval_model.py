@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataset import load_tokenizer, render_chat
+from dataset.encode import start_document
 from dataset.records import SCRIPT, STAGES
 from dataset.tokenizer import HFTokenizer
 from model import GPT, GPTConfig, load_config, load_pretrained, stream
@@ -216,8 +217,7 @@ class Session:
     def prompt(self, text: str) -> tuple[list[int], int]:
         """Prompt ids for a new message, and the first message they hold: the oldest are left out where there is no room."""
         if self.raw:
-            bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-            return [*bos, *self.tokenizer.encode(text)], 0
+            return start_document(self.tokenizer, self.tokenizer.encode(text)), 0
         context = self.model.config.max_seq_len
         reserve = min(self.settings["max_new_tokens"], context // 4)  # tokens kept free for the answer
         for start in range(self.forgotten, len(self.messages) + 1, 2):

@@ -238,9 +238,14 @@ def batched_rows(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
+def start_document(tokenizer: Any, ids: list[int]) -> list[int]:
+    """`<s>` text; a tokenizer without a beginning-of-sequence token starts with the text."""
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *ids]
+
+
 def encode_document(tokenizer: Any, ids: list[int]) -> list[int]:
-    """`<s>` text `</s>`; a tokenizer without a beginning-of-sequence token starts with the text."""
-    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *ids, tokenizer.eos_id]
+    """`<s>` text `</s>`."""
+    return [*start_document(tokenizer, ids), tokenizer.eos_id]
 
 
 def count_tokens(columns: dict[str, Any]) -> tuple[int, int]:

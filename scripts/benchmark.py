@@ -8,7 +8,6 @@ first and not counted. Compare only figures of one run: a shared machine is not 
 
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from training import DPO, DPOConfig, NextToken, PretrainConfig, SFTConfig, build
 from training.config import Config
 from training.metrics import flops_per_token, peak_memory_mb
 from training.objectives import Objective
-from training.setup import fill_reference, load_data, run_stage, start_machine, starting_model
+from training.setup import load_data, run_stage, start_machine, starting_model
 
 STAGES: dict[str, type[Config]] = {"pretrain": PretrainConfig, "full_sft": SFTConfig, "dpo": DPOConfig}
 
@@ -55,13 +54,6 @@ def main(config: Config) -> None:
     loader = Loader(
         data.train, config.batch_size, config.accumulation_steps, machine.world.rank, machine.world.size, config.seed
     )
-    if config.stage == "dpo":
-        with tempfile.TemporaryDirectory() as cache:  # timed on the rows that are trained on, and not kept
-            began = time.perf_counter()
-            fill_reference(
-                data.train, engine, replace(config, cache_dir=cache), "benchmark"
-            ) if config.epochs > 1 else None
-            print(f"reference: {time.perf_counter() - began:.1f} s") if config.epochs > 1 else None
     steps = config.max_steps or 5
     tokens = weight = 0.0
     for step in range(steps + 1):

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dataset.records import SCRIPT
+
 ROOT = Path(__file__).parent.parent
 TINY = [
     "--n_layers",
@@ -24,36 +26,8 @@ TINY = [
     "--dtype",
     "float32",
 ]
-SCRIPTS = {"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py", "dpo": "train_dpo.py"}
-WORDS = [
-    "the",
-    "a",
-    "red",
-    "blue",
-    "small",
-    "old",
-    "cat",
-    "dog",
-    "fox",
-    "bird",
-    "sees",
-    "likes",
-    "finds",
-    "near",
-    "under",
-    "house",
-    "tree",
-    "river",
-    "and",
-    "then",
-    "again",
-    "猫",
-    "狗",
-    "看见",
-    "喜欢",
-    "红色",
-    "房子",
-]
+WORDS = ["the", "a", "red", "blue", "small", "old", "cat", "dog", "fox", "bird", "sees", "likes", "finds", "near",
+         "under", "house", "tree", "river", "and", "then", "again", "猫", "狗", "看见", "喜欢", "红色", "房子"]  # fmt: skip
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -103,7 +77,7 @@ def command(stage: str, *flags: Any, ranks: int = 1) -> list[str]:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    return [*launcher, str(ROOT / SCRIPTS[stage]), *map(str, flags)]
+    return [*launcher, str(ROOT / SCRIPT[stage]), *map(str, flags)]
 
 
 def run(
@@ -135,6 +109,26 @@ def train_here(stage: str, *flags: Any) -> None:
         "dpo": (train_dpo.main, DPOConfig),
     }[stage]
     main(load_config(config, [str(flag) for flag in flags]))  # type: ignore[operator,arg-type]
+
+
+def train_start(folder: Path) -> None:
+    """Data, and a model of the two stages before, for `stage_flags` to start from."""
+    data = make_data(folder)
+    flags = ["--dim", 32, "--out_dir", folder / "start", "--cache_dir", folder / "cache", "--max_steps", 3]
+    train_here("pretrain", "--data_path", data["pretrain"], *flags, *TINY)
+    train_here("full_sft", "--data_path", data["full_sft"], *flags)
+
+
+def stage_flags(base: Path, stage: str, out: Path) -> list[Any]:
+    """One stage on the data and starting model of `train_start(base)`, every step logged."""
+    data = {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl", "dpo": "dpo.jsonl"}[stage]
+    start = {
+        "pretrain": TINY,
+        "full_sft": ["--init_from", base / "start/pretrain_32"],
+        "dpo": ["--init_from", base / "start/full_sft_32"],
+    }[stage]
+    folders = ["--data_path", base / data, "--out_dir", out, "--cache_dir", base / "cache"]
+    return [*folders, "--dim", 32, "--log_interval", 1, *start]
 
 
 def metrics(out_dir: Path, stage: str, dim: int = 32) -> list[dict[str, Any]]:

@@ -251,6 +251,7 @@ class Terminal:
         self.process, self.end = pty.fork()
         if self.process == 0:
             os.chdir(ROOT)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and hands that on
             os.execv(sys.executable, [sys.executable, "eval_model.py", *map(str, flags)])
         self.text = ""
 
@@ -258,7 +259,7 @@ class Terminal:
         """Read until `wanted` has come; what came before it."""
         limit = time.monotonic() + seconds
         while wanted not in self.text:
-            assert time.monotonic() < limit, f"{wanted!r} did not come: {self.text!r}"
+            assert time.monotonic() < limit, f"{wanted!r} did not come: {self.text[-500:]!r}"
             self.read()
         before, _, self.text = self.text.partition(wanted)
         return before

@@ -20,6 +20,7 @@ import torch
 
 from dataset import Loader, render_chat
 from dataset.batch import Batch
+from dataset.encode import start_document
 from dataset.loader import Rows
 from model import generate, save_pretrained
 from training import checkpoint
@@ -85,9 +86,8 @@ class Run:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         self.flops_per_token = flops_per_token(engine.model.config, config.max_seq_len or 0)
         self.peak_flops = peak_flops(engine.device, engine.dtype) * engine.world.size
-        torch.manual_seed(
-            config.seed + engine.world.rank
-        )  # dropout differs between ranks; nothing random before it counts
+        # dropout differs between ranks; nothing random before this counts
+        torch.manual_seed(config.seed + engine.world.rank)
         self.progress = self.resume()
         self.loader = Loader(
             data.train, config.batch_size, config.accumulation_steps, engine.world.rank, engine.world.size, config.seed
@@ -147,9 +147,9 @@ class Run:
                 if due(progress.step, config.save_interval) and progress.step < self.total_steps:
                     self.save()
         self.save()
-        if stopped_early := progress.step < self.total_steps:
+        if progress.step < self.total_steps:
             self.say(f"stopped at step {progress.step} of {self.total_steps}; the same command continues from here")
-        if not stopped_early and self.first:
+        else:
             self.say(f"model folder: {config.run_dir}")
 
     def next_update(
@@ -232,10 +232,7 @@ class Run:
         if chat:
             ids = render_chat(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
         else:
-            ids = [
-                *([self.tokenizer.bos_id] if self.tokenizer.bos_id is not None else []),
-                *self.tokenizer.encode(prompt),
-            ]
+            ids = start_document(self.tokenizer, self.tokenizer.encode(prompt))
         self.engine.model.eval()
         answer = generate(
             self.engine.model,

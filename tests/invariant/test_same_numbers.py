@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers import TINY, losses, make_data, run, train_here
+from tests.helpers import losses, run, stage_flags, train_here, train_start
 
 STEPS = 12
 SPLITS = {
@@ -19,26 +19,16 @@ SPLITS = {
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, and a model of the two stages before that all splits start from."""
     folder = tmp_path_factory.mktemp("same_numbers")
-    data = make_data(folder)
-    flags = ["--dim", 32, "--out_dir", folder / "start", "--cache_dir", folder / "cache", "--max_steps", 3]
-    train_here("pretrain", "--data_path", data["pretrain"], *flags, *TINY)
-    train_here("full_sft", "--data_path", data["full_sft"], *flags)
+    train_start(folder)
     return folder
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "full_sft", "dpo"])
 def test_loss_and_weights_do_not_depend_on_the_split(base: Path, stage: str) -> None:
-    start = {
-        "pretrain": TINY,
-        "full_sft": ["--init_from", base / "start/pretrain_32"],
-        "dpo": ["--init_from", base / "start/full_sft_32"],
-    }
-    data = base / {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl", "dpo": "dpo.jsonl"}[stage]
     seen, weights = {}, {}
     for name, (split, ranks) in SPLITS.items():
         out = base / f"{stage} {name}"
-        flags = ["--data_path", data, "--dim", 32, "--out_dir", out, "--cache_dir", base / "cache", "--max_steps", STEPS,
-                 "--log_interval", 1, "--learning_rate", 3e-4, *split, *start[stage]]  # fmt: skip
+        flags = [*stage_flags(base, stage, out), "--max_steps", STEPS, "--learning_rate", 3e-4, *split]
         train_here(stage, *flags) if ranks == 1 else run(stage, *flags, ranks=ranks)
         seen[name] = losses(out, stage)
         weights[name] = load_file(out / f"{stage}_32" / "model.safetensors")

@@ -12,29 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import TINY, command, environment, losses, make_data, metrics, run, train_here
+from tests.helpers import command, environment, losses, metrics, run, stage_flags, train_here, train_start
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    data = make_data(folder)
-    flags = ["--dim", 32, "--out_dir", folder / "start", "--cache_dir", folder / "cache", "--max_steps", 3]
-    train_here("pretrain", "--data_path", data["pretrain"], *flags, *TINY)
-    train_here("full_sft", "--data_path", data["full_sft"], *flags)
+    train_start(folder)
     return folder
 
 
 def flags_of(base: Path, stage: str, out: Path) -> list:
-    start = {
-        "pretrain": TINY,
-        "full_sft": ["--init_from", base / "start/pretrain_32"],
-        "dpo": ["--init_from", base / "start/full_sft_32"],
-    }
-    data = base / {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl", "dpo": "dpo.jsonl"}[stage]
     # dropout, so that the random state matters
-    return ["--data_path", data, "--dim", 32, "--out_dir", out, "--cache_dir", base / "cache", "--log_interval", 1, "--batch_size", 2,
-            "--learning_rate", 1e-3, "--dropout", 0.1, "--save_interval", 5, "--epochs", 3, *start[stage]]  # fmt: skip
+    training = ["--batch_size", 2, "--learning_rate", 1e-3, "--dropout", 0.1, "--save_interval", 5, "--epochs", 3]
+    return [*stage_flags(base, stage, out), *training]
 
 
 @pytest.mark.parametrize("stage,optimizer", [("pretrain", "muon"), ("full_sft", "adamw"), ("dpo", "adamw")])
