@@ -13,7 +13,7 @@ def main(config: DPOConfig) -> None:
     machine = start_machine(config)
 
     # 2. Tokenizer and model: those of the fine-tuned folder
-    model, tokenizer, config = starting_model(config)
+    model, weights, tokenizer, config = starting_model(config)
 
     # 3. Data: pairs with one shared prompt, packed whole
     data = load_data(config, tokenizer, machine.world)
@@ -22,8 +22,8 @@ def main(config: DPOConfig) -> None:
     objective = DPO(config.beta)
 
     # 5. How it is spread
-    identity = run_identity(config, model, data)
-    engine = build_engine(model, config, machine.device, machine.dtype, machine.world)
+    identity = run_identity(config, weights, data)
+    engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
 
     # 6. The reference: the starting model's own log-probabilities, computed once and cached
     for rows in (data.train, data.val):

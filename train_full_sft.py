@@ -13,7 +13,7 @@ def main(config: SFTConfig) -> None:
     machine = start_machine(config)
 
     # 2. Tokenizer and model: those of the pretrained folder
-    model, tokenizer, config = starting_model(config)
+    model, weights, tokenizer, config = starting_model(config)
 
     # 3. Data: rendered by the one chat renderer, whose mask says which tokens are the assistant's
     data = load_data(config, tokenizer, machine.world)
@@ -22,8 +22,8 @@ def main(config: SFTConfig) -> None:
     objective = NextToken()
 
     # 5. How it is spread
-    identity = run_identity(config, model, data)
-    engine = build_engine(model, config, machine.device, machine.dtype, machine.world)
+    identity = run_identity(config, weights, data)
+    engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
 
     # 6. Train, and leave a Hugging Face model folder
     train(engine, objective, data, tokenizer, config, identity)

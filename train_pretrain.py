@@ -15,7 +15,7 @@ def main(config: PretrainConfig) -> None:
     machine = start_machine(config)
 
     # 2. Tokenizer and model: random weights, the same for one seed whatever the number of processes
-    model, tokenizer, config = starting_model(config)
+    model, weights, tokenizer, config = starting_model(config)
 
     # 3. Data: tokenized once, packed into rows of max_seq_len
     data = load_data(config, tokenizer, machine.world)
@@ -24,8 +24,8 @@ def main(config: PretrainConfig) -> None:
     objective = NextToken(torch.from_numpy(tokenizer.token_bytes))
 
     # 5. How it is spread
-    identity = run_identity(config, model, data)
-    engine = build_engine(model, config, machine.device, machine.dtype, machine.world)
+    identity = run_identity(config, weights, data)
+    engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
 
     # 6. Train, and leave a Hugging Face model folder
     train(engine, objective, data, tokenizer, config, identity)

@@ -151,7 +151,11 @@ def supervise(tokens: torch.Tensor, spans: np.ndarray) -> torch.Tensor:
 
 @dataclass
 class Loader:
-    """Slices the global row order for one rank."""
+    """Slices the global row order for one rank.
+
+    `rows_per_update` rows make one update, whatever the number of ranks: with it the accumulation follows, and what of
+    the last micro-batches reaches past it is padding.
+    """
 
     rows: Rows
     batch_size: int
@@ -161,15 +165,17 @@ class Loader:
     seed: int = 0
     total_rows: int | None = None  # rows in the whole of training, over all epochs; None: one pass
     shuffle: bool = True
+    rows_per_update: int = 0  # over all ranks; 0: batch_size * accumulation_steps * world_size
 
     def __post_init__(self) -> None:
+        together = self.batch_size * self.world_size
+        if self.rows_per_update:
+            self.accumulation_steps = -(-self.rows_per_update // together)
+        else:
+            self.rows_per_update = together * self.accumulation_steps
         self.order = lru_cache(maxsize=2)(self.order)  # type: ignore[method-assign]
         if self.total_rows is None:
             self.total_rows = len(self.rows)
-
-    @property
-    def rows_per_update(self) -> int:
-        return self.batch_size * self.accumulation_steps * self.world_size
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers of one epoch, (len(rows),)."""
@@ -188,8 +194,10 @@ class Loader:
         """This rank's micro-batches of the update whose first global row is `position`."""
         batches = []
         for micro in range(self.accumulation_steps):
-            first = position + (micro * self.world_size + self.rank) * self.batch_size
-            batches.append(self.rows.collate([self.row_at(first + i) for i in range(self.batch_size)]))
+            first = (micro * self.world_size + self.rank) * self.batch_size
+            here = range(first, first + self.batch_size)
+            rows = [self.row_at(position + i) if i < self.rows_per_update else EMPTY_ROW for i in here]
+            batches.append(self.rows.collate(rows))
         return batches
 
 

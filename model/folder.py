@@ -6,13 +6,16 @@
 Weights are read from safetensors only (a pickle can run code), and every key must be there in its shape.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import GPTConfig
@@ -73,40 +76,54 @@ def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtyp
     config = load_config(folder)
     with torch.device("meta"):
         model = GPT(config)
-    weights = read_weights(Path(folder))
-    check_weights(model, weights, folder)
-    model.load_state_dict({name: weights[name].to(device, dtype) for name in model.state_dict()}, assign=True)
+    weights = {name: tensor.to(device, dtype) for name, tensor in folder_weights(folder, config)}
+    model.load_state_dict(weights, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+def folder_weights(folder: str | Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
+    """Name and full tensor of every parameter, read one at a time from model.safetensors, or from the shards that
+    model.safetensors.index.json names. Raises as `load_pretrained` does, before the first tensor is read."""
+    with torch.device("meta"):
+        wanted = {name: tuple(parameter.shape) for name, parameter in GPT(config).named_parameters()}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open_file(path)) for path in weight_files(Path(folder))]
+        holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118  # not a dict
+        check_weights(holder, wanted, config.tie_embeddings, folder)
+        for name in wanted:
+            yield name, holder[name].get_tensor(name).float()
+
+
+def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; weights are read from safetensors files only")
-        try:
-            weights |= load_file(folder / name)
-        except Exception as error:  # safetensors raises its own class for a file that is cut or no safetensors
-            raise ValueError(f"{folder / name} cannot be read: {error}") from None
-    # old exports carry the rotary table, which is computed here
-    return {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
-def check_weights(model: GPT, weights: dict[str, Tensor], folder: str | Path) -> None:
-    """Raise ValueError unless the weights are exactly the model's. A tied head stored twice (equal) is let pass."""
-    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
-    if model.lm_head is None and head is not None and embedding is not None and torch.equal(head, embedding):
-        del weights["lm_head.weight"]
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+def open_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; weights are read from safetensors files only")
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # safetensors raises its own class for a file that is cut or no safetensors
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def check_weights(holder: dict[str, Any], wanted: dict[str, tuple[int, ...]], tied: bool, folder: str | Path) -> None:
+    """Raise ValueError unless the files hold exactly the wanted weights. What older exports add is let pass: the rotary
+    table, which is computed here, and a tied head stored twice (equal)."""
+    found = {
+        name: tuple(file.get_slice(name).get_shape())
+        for name, file in holder.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    twice = tied and head in found and embedding in found
+    if twice and torch.equal(holder[head].get_tensor(head), holder[embedding].get_tensor(embedding)):
+        del found[head]
     problems = [f"missing: {name} {wanted[name]}" for name in wanted if name not in found]
     problems += [f"not in this model: {name} {found[name]}" for name in found if name not in wanted]
     problems += [

@@ -12,6 +12,7 @@ padding (single-token documents of position 0) and left-padded generation nothin
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,15 +230,9 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02), the two matrices that write into the residual stream scaled by 1/sqrt(2 layers) (GPT-2)."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
+            init_weight(name, parameter, self.config)
 
     @property
     def head_weight(self) -> Tensor:
@@ -269,6 +264,25 @@ class GPT(nn.Module):
         if labels is None:
             return F.linear(hidden, self.head_weight)
         return chunked_nll(hidden, self.head_weight, labels)
+
+
+@torch.no_grad()
+def init_weight(name: str, weight: Tensor, config: GPTConfig, generator: torch.Generator | None = None) -> Tensor:
+    """Fill one parameter: normal(0, 0.02), the two matrices that write into the residual stream scaled by
+    1/sqrt(2 layers) (GPT-2); norms are 1."""
+    if weight.dim() == 1:
+        return weight.fill_(1.0)
+    into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return weight.normal_(0.0, 0.02 / math.sqrt(2 * config.n_layers) if into_residual else 0.02, generator=generator)
+
+
+def fresh_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and full float32 tensor of every parameter, made one at a time: the same for one seed, whoever holds which part."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+    for name, shape in shapes.items():
+        yield name, init_weight(name, torch.empty(shape), config, generator)
 
 
 def chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ def wait(device: torch.device) -> None:
 
 def main(config: Config) -> None:
     machine = start_machine(config)
-    model, tokenizer, config = starting_model(replace(config, init_from="none", val_fraction=0.0))
+    model, weights, tokenizer, config = starting_model(replace(config, init_from="none", val_fraction=0.0))
     data = load_data(config, tokenizer, machine.world)
     objective: Objective = DPO(config.beta) if isinstance(config, DPOConfig) else NextToken()
-    engine = build_engine(model, config, machine.device, machine.dtype, machine.world)
+    engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
     rows_per_update = config.batch_size * config.accumulation_steps * machine.world.size
     loader = Loader(
         data.train, config.batch_size, config.accumulation_steps, machine.world.rank, machine.world.size, config.seed

@@ -9,5 +9,5 @@ source scripts/environment.sh
 ruff check .
 ruff format --check .
 mypy
-# one thread a process: two workers share two cores
-OMP_NUM_THREADS=1 pytest -n 2 "$@"
+# one thread a process: two workers share two cores; tests that share a costly fixture stay together
+OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup "$@"

@@ -96,6 +96,32 @@ def run(
     return done
 
 
+def launched(
+    script: Path, *arguments: Any, ranks: int = 2, deepspeed: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a script under torchrun or under the deepspeed launcher."""
+    folder = Path(sys.executable).parent
+    port = ["--master_port", str(free_port())]
+    if deepspeed:
+        launcher = [str(folder / "deepspeed"), "--num_gpus", str(ranks), *port]
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), *port]
+    env = environment(PATH=f"{folder}:{os.environ['PATH']}")
+    done = subprocess.run(
+        [*launcher, str(script), *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+def train_many(folder: Path, runs: list[tuple[str, list[Any]]], ranks: int = 2, deepspeed: bool = False) -> str:
+    """Several runs of entry scripts (stage, flags), one after the other in the same launched processes; what they said."""
+    plan = folder / f"runs-{free_port()}.json"
+    plan.write_text(json.dumps([[stage, [str(flag) for flag in flags]] for stage, flags in runs]))
+    done = launched(ROOT / "tests/train_many.py", plan, ranks=ranks, deepspeed=deepspeed)
+    return done.stdout + done.stderr
+
+
 def train_here(stage: str, *flags: Any) -> None:
     """Run one entry script's main in this process, which saves the seconds that importing torch takes."""
     import train_dpo

@@ -1,12 +1,13 @@
 """State of a run to a folder and back; a kill, a full disk or a flipped bit costs at most the newest one.
 
-    checkpoints/step_000200/state/      weights and optimizer, float32 (torch.distributed.checkpoint)
+    checkpoints/step_000200/state/      weights and optimizer, float32, every rank's part in files of its own
                             rng_0.pt    random state of rank 0
                             run.json    step, position in the data, the settings that must not change
                             COMPLETE    written last: the hash of every file above
 
 A checkpoint is written under another name beside, flushed, renamed, and only then marked COMPLETE. `find` checks the
-hashes, says aloud what is damaged, and falls back to the one before.
+hashes, says aloud what is damaged, and falls back to the one before. The work of `Saving` is done in the background
+where asked, and only then published, so that training waits for a copy in memory and not for the disk.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +26,114 @@ from torch.distributed.checkpoint.api import CheckpointException
 from training.engines.single import SingleEngine
 
 COMPLETE = "COMPLETE"
+Hashes = dict[str, str]  # of files, by their path in the checkpoint
+
+
+class Saving:
+    """One checkpoint on its way to the disk, from all ranks side by side.
+
+    Begun by all ranks at once; `published` takes it one step further whenever all ranks have done their part of the
+    step before (first writing, then hashing what was written), and must be called by all ranks at once too.
+    """
+
+    def __init__(
+        self,
+        engine: SingleEngine,
+        folder: Path,
+        run: dict[str, Any],
+        keep_last: int,
+        background: bool = False,
+        also: Callable[[], None] | None = None,
+    ):
+        """`also` is written by this rank beside its part of the state; `background`: return when all is copied."""
+        self.engine, self.folder, self.keep_last = engine, folder, keep_last
+        self.part = folder.with_name(f".{folder.name}.part")
+        self.problem: str | None = None
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.hashes: Hashes = {}
+        first = engine.world.rank == 0
+        if first:
+            shutil.rmtree(self.part, ignore_errors=True)
+        engine.barrier()
+        rng = rng_state()
+        started: list[Future | None] = []
+        problem = attempt(lambda: started.append(self.begin(background)))
+
+        def write() -> None:
+            if problem is not None:
+                raise Known(problem)
+            if started[0] is not None:
+                started[0].result()
+            torch.save(rng, self.part / f"rng_{engine.world.rank}.pt")
+            if first:
+                (self.part / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
+            if also is not None:
+                also()
+
+        self.steps: list[Callable[[], None]] = [write, self.hash_my_share]
+        self.work = self.pool.submit(attempt, self.steps.pop(0))
+
+    def begin(self, background: bool) -> Future | None:
+        self.part.mkdir(parents=True, exist_ok=True)
+        return self.engine.save(self.part / "state", background)
+
+    def hash_my_share(self) -> None:
+        """Hash and flush every nth file."""
+        rank, size = self.engine.world.rank, self.engine.world.size
+        files = sorted(path for path in self.part.rglob("*") if path.is_file())
+        for path in files[rank::size]:
+            with open(path, "r+b") as file:
+                self.hashes[str(path.relative_to(self.part))] = file_hash(path)
+                os.fsync(file.fileno())
+
+    def done(self) -> bool:
+        """Whether this rank has done its part of the current step."""
+        return self.work.done()
+
+    def published(self) -> bool:
+        """Go a step further; True when there is nothing left to do. `problem` then says, on every rank, what went wrong.
+
+        After a failure nothing is left of the new checkpoint and the earlier ones stand.
+        """
+        self.problem = next(filter(None, self.engine.gather(self.work.result())), None)
+        if self.problem is None and self.steps:
+            self.work = self.pool.submit(attempt, self.steps.pop(0))
+            return False
+        shares = self.engine.gather(self.hashes)
+        if self.engine.world.rank == 0:
+            if self.problem is None:
+                hashes = {name: value for share in shares for name, value in share.items()}
+                self.problem = attempt(lambda: publish(self.part, self.folder, hashes))
+            if self.problem is None:
+                for old in stale(self.folder, self.keep_last):
+                    shutil.rmtree(old, ignore_errors=True)
+            else:
+                shutil.rmtree(self.part, ignore_errors=True)
+                if not (self.folder / COMPLETE).is_file():
+                    shutil.rmtree(self.folder, ignore_errors=True)
+        self.problem = self.engine.gather(self.problem)[0]
+        self.pool.shutdown()
+        return True
 
 
 def save(engine: SingleEngine, folder: Path, run: dict[str, Any], keep_last: int) -> str | None:
-    """Write folder (checkpoints/step_N) from all ranks. Returns None, or why it could not be written, on every rank.
+    """Write folder (checkpoints/step_N) from all ranks. Returns None, or why it could not be written, on every rank."""
+    saving = Saving(engine, folder, run, keep_last)
+    while not saving.published():
+        pass
+    return saving.problem
 
-    After a failure nothing is left of the new checkpoint and the earlier ones stand.
-    """
-    part = folder.with_name(f".{folder.name}.part")
-    first = engine.world.rank == 0
-    if first:
-        shutil.rmtree(part, ignore_errors=True)
-    engine.barrier()
-    problem = attempt(lambda: write_state(engine, part, run))
-    problem = next(filter(None, engine.gather(problem)), None)
-    if problem is None and first:
-        problem = attempt(lambda: finish(part, folder))
-    if first and problem is not None:
-        shutil.rmtree(part, ignore_errors=True)
-        if not (folder / COMPLETE).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-    problem = engine.gather(problem)[0]
-    if problem is None and first:
-        for old in stale(folder, keep_last):
-            shutil.rmtree(old, ignore_errors=True)
-    return problem
+
+class Known(Exception):
+    """A problem that is already put into words."""
 
 
 def attempt(write: Callable[[], None]) -> str | None:
     """What went wrong in one line, None where nothing did."""
     try:
         write()
+    except Known as error:
+        return str(error)
     except (Exception, CheckpointException) as error:
         reason = f"{type(error).__name__}: {error}"
         # torch's zip writer reports a full disk as a position it did not reach
@@ -64,21 +143,8 @@ def attempt(write: Callable[[], None]) -> str | None:
     return None
 
 
-def write_state(engine: SingleEngine, part: Path, run: dict[str, Any]) -> None:
-    part.mkdir(parents=True, exist_ok=True)
-    engine.save(part / "state")
-    torch.save(rng_state(), part / f"rng_{engine.world.rank}.pt")
-    if engine.world.rank == 0:
-        (part / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
-
-
-def finish(part: Path, folder: Path) -> None:
-    """Hash and flush every file, rename, mark complete."""
-    hashes = {}
-    for path in sorted(p for p in part.rglob("*") if p.is_file()):
-        with open(path, "r+b") as file:
-            hashes[str(path.relative_to(part))] = file_hash(path)
-            os.fsync(file.fileno())
+def publish(part: Path, folder: Path, hashes: Hashes) -> None:
+    """Rename, then mark complete."""
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     mark = folder / f"{COMPLETE}.part"
@@ -147,6 +213,25 @@ def find(resume: str, checkpoints: Path, say: Callable[[str], None]) -> Path | N
             return folder
         say(f"checkpoint {folder.name} is not used: {problem}; trying the one before")
     return None
+
+
+def share_folder(engine: SingleEngine, folder: Path) -> None:
+    """Make a run's folder, and make sure that every node sees the same one. Raises ValueError where one does not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if engine.world.size == engine.world.local_size:
+        return
+    mark = folder / f".shared-{os.getpid()}"
+    mark = engine.gather(mark)[0]
+    if engine.world.rank == 0:
+        mark.touch()
+    engine.barrier()
+    seen = engine.gather(mark.is_file())
+    if engine.world.rank == 0:
+        mark.unlink()
+    if not all(seen):
+        raise ValueError(
+            f"rank {seen.index(False)} does not see rank 0's {folder.absolute()}; every node writes its part of a checkpoint, so --out_dir must be on a disk that all share"
+        )
 
 
 def load(engine: SingleEngine, folder: Path) -> dict[str, Any]:

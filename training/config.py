@@ -71,6 +71,11 @@ class Config:
     max_steps: int = flag(0, "optimizer steps; overrides epochs (0: off)", "optimization")
     batch_size: int = flag(16, "rows a process a micro-batch: lower it when memory runs out", "optimization")
     accumulation_steps: int = flag(1, "micro-batches an update", "optimization")
+    global_batch_size: int = flag(
+        0,
+        "rows an update over all processes, kept whatever their number; sets accumulation_steps (0: off)",
+        "optimization",
+    )
     learning_rate: float = flag(1e-3, "peak learning rate", "optimization")
     min_lr: float | None = flag(None, "final learning rate; by default a tenth of learning_rate", "optimization")
     warmup_steps: int | None = flag(None, "linear warm-up; by default 2 %% of the steps, at most 200", "optimization")
@@ -95,8 +100,26 @@ class Config:
     grad_checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, a third more time", "machine"
     )
-    engine: Literal["auto", "single", "ddp"] = flag(
-        "auto", "auto: ddp under torchrun or the deepspeed launcher, else single", "machine"
+    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = flag(
+        "auto", "auto: ddp under torchrun, deepspeed under its launcher, else single", "machine"
+    )
+    hsdp: bool = flag(False, "fsdp: shard within a node, replicate across nodes", "machine")
+    zero_stage: int | None = flag(
+        None,
+        "deepspeed: 1 shards optimizer state, 2 gradients too, 3 parameters too; by default the file's, else 2",
+        "machine",
+    )
+    offload: Literal["none", "cpu", "nvme"] | None = flag(
+        None, "keep sharded state in host memory, or (deepspeed stage 3) on a disk", "machine"
+    )
+    offload_dir: str | None = flag(None, "folder on the disk that --offload nvme uses; by default the run's", "machine")
+    deepspeed_config: str | None = flag(
+        None, "DeepSpeed JSON; what our flags say must not be said otherwise there", "machine"
+    )
+    comm_timeout: float = flag(
+        600.0,
+        "seconds a rank waits for the others in training before it gives up, so that a launcher can restart",
+        "machine",
     )
 
     log_interval: int = flag(10, "steps between logged lines", "reporting")
@@ -104,6 +127,7 @@ class Config:
     eval_rows: int = flag(512, "packed rows a validation looks at, at most (0: all)", "reporting")
     save_interval: int = flag(500, "steps between checkpoints (0: only at the end)", "reporting")
     keep_last: int = flag(2, "checkpoints kept", "reporting")
+    async_save: bool = flag(False, "write checkpoints while training goes on", "reporting")
     sample_interval: int = flag(0, "steps between samples (0: none)", "reporting")
     sample_prompt: str | None = flag(None, "what samples begin with, or answer", "reporting")
     use_wandb: bool = flag(False, "log to Weights & Biases", "reporting")
@@ -128,6 +152,7 @@ class Config:
             "grad_clip",
             "warmup_steps",
             "min_lr",
+            "global_batch_size",
         )
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
@@ -138,6 +163,12 @@ class Config:
             raise ValueError(
                 f"--learning_rate {self.learning_rate} and --epochs {self.epochs} must both be more than 0"
             )
+        if self.global_batch_size and self.accumulation_steps != 1:
+            raise ValueError(
+                f"--global_batch_size {self.global_batch_size} sets the accumulation, --accumulation_steps {self.accumulation_steps} contradicts it; give one of them"
+            )
+        if not self.comm_timeout > 0:
+            raise ValueError(f"--comm_timeout is {self.comm_timeout}; it must be more than 0")
         for name in ("val_fraction", "decay_fraction", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -290,7 +321,7 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     """A command-line string or YAML value -> the field's type. Raises ValueError naming the field."""
     optional = plain(kind) is not kind
     kind = plain(kind)
-    if optional and (value is None or (value == "none" and kind is not str)):
+    if optional and (value is None or (value == "none" and kind is not str and "none" not in typing.get_args(kind))):
         return None
     if typing.get_origin(kind) is list:
         return [str(item) for item in (value if isinstance(value, list) else [] if value is None else [value])]

@@ -1,7 +1,8 @@
 """Where this process stands among its peers: environment variables in, ranks and a process group out.
 
 torchrun, `python -m torch.distributed.launch`, accelerate and the deepspeed launcher all set RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them there is one process.
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them there is one process. What ranks tell each other outside the
+gradients (sums, any value, a barrier) is here too, and costs one process nothing.
 """
 
 import os
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-FIRST_CONTACT = timedelta(seconds=120)  # for all ranks to meet; a missing one is an error then, not a silent hang
-COLLECTIVE = timedelta(minutes=30)
+FIRST_CONTACT = 120.0  # seconds for all ranks to meet; a missing one is an error then, not a silent hang
+PREPARATION = timedelta(hours=4)  # nodes may tokenize the same data for hours, one faster than another
 
 
 @dataclass
@@ -24,13 +25,16 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    launcher: str | None = None  # "torchrun" (or one that sets the same variables), "deepspeed", None: started by hand
 
     @classmethod
     def from_environment(cls) -> "World":
-        read = {key: int(os.environ.get(name, default)) for key, name, default in (
-            ("rank", "RANK", 0), ("size", "WORLD_SIZE", 1), ("local_rank", "LOCAL_RANK", 0), ("local_size", "LOCAL_WORLD_SIZE", 1),
-        )}  # fmt: skip
-        return cls(**read)
+        def read(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
+        launcher = None if "RANK" not in os.environ else "deepspeed" if "CROSS_RANK" in os.environ else "torchrun"
+        local_size = read("LOCAL_WORLD_SIZE", read("LOCAL_SIZE", 1))  # the deepspeed launcher's name is the latter
+        return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), local_size, launcher)
 
 
 def pick_device(name: str, world: World) -> torch.device:
@@ -84,28 +88,66 @@ def cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def start(world: World, device: torch.device) -> None:
-    """Meet the other ranks. Raises ValueError, within a bounded time, where one cannot be reached."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
+def start(world: World, device: torch.device, seconds: float = FIRST_CONTACT) -> None:
+    """Meet the other ranks, once a process. Raises ValueError, within about `seconds`, where one cannot be reached."""
+    if dist.is_initialized():
+        return
+    # on GPUs gloo stands beside NCCL, for what is on the host: offloaded gradients and checkpoints being written
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if world.launcher is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
     try:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=FIRST_CONTACT)
-        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=seconds))
+        barrier(device)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"rank {world.rank} of {world.size} could not meet the others at {address} within {FIRST_CONTACT.seconds} s ({first_line}); "
+            f"rank {world.rank} of {world.size} could not meet the others at {address} within {seconds:.0f} s ({first_line}); "
             "check that every node runs, the address and port, and the firewall"
         ) from None
-    dist.distributed_c10d._set_pg_timeout(COLLECTIVE, dist.group.WORLD)
+    set_timeout(PREPARATION)
 
 
-def check_agreement(values: dict[str, Any], world: World) -> None:
+def set_timeout(limit: timedelta) -> None:
+    """How long a collective may wait for another rank, from here on."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(limit, dist.group.WORLD)
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather(value: Any) -> list[Any]:
+    """Any picklable value of every rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, value)
+    return everywhere
+
+
+def barrier(device: torch.device) -> None:
+    if dist.is_initialized():
+        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone or silent (gloo's, NCCL's and the store's words for it)."""
+    words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "recv", "peer")
+    named = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
+    return dist.is_initialized() and (named or ("gloo" in str(error) and any(word in str(error) for word in words)))
+
+
+def check_agreement(values: dict[str, Any]) -> None:
     """Raise ValueError on every rank where ranks hold different values (flags, data)."""
-    if world.size == 1:
-        return
-    everywhere: list[Any] = [None] * world.size
-    dist.all_gather_object(everywhere, values)
+    everywhere = gather(values)
     for name in values:
         for rank, other in enumerate(everywhere):
             if other[name] != everywhere[0][name]:

@@ -11,8 +11,10 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from dataset.batch import Batch
 from dataset.encode import start_document
 from dataset.loader import Rows
 from model import generate, save_pretrained
-from training import checkpoint
+from training import checkpoint, distributed
 from training.config import Config, save_config
 from training.engines import SingleEngine
 from training.metrics import Metrics, flops_per_token, peak_flops, peak_memory_mb
@@ -58,6 +60,11 @@ def train(
         with run.metrics:
             run.loop()
     except (torch.OutOfMemoryError, RuntimeError) as error:
+        if distributed.is_lost_contact(error):
+            raise ValueError(
+                f"rank {engine.world.rank} lost contact with another rank after step {run.progress.step} ({str(error).splitlines()[0]}); the newest "
+                "checkpoint stands, and the same command goes on from it (torchrun --max_restarts N does so by itself)"
+            ) from error
         if not isinstance(error, torch.OutOfMemoryError) and not re.search(
             "(out of|enough|allocate) memory", str(error)
         ):
@@ -83,15 +90,16 @@ class Run:
         self.engine, self.objective, self.data, self.tokenizer = engine, objective, data, tokenizer
         self.config, self.identity = config, identity
         self.first = engine.world.rank == 0
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.share_folder(engine, config.run_dir)
         self.flops_per_token = flops_per_token(engine.model.config, config.max_seq_len or 0)
         self.peak_flops = peak_flops(engine.device, engine.dtype) * engine.world.size
         # dropout differs between ranks; nothing random before this counts
         torch.manual_seed(config.seed + engine.world.rank)
         self.progress = self.resume()
         self.loader = Loader(
-            data.train, config.batch_size, config.accumulation_steps, engine.world.rank, engine.world.size, config.seed
-        )
+            data.train, config.batch_size, config.accumulation_steps, engine.world.rank, engine.world.size, config.seed,
+            rows_per_update=config.global_batch_size,
+        )  # fmt: skip
         self.total_steps = self.plan()
         self.metrics = Metrics(
             config.run_dir, asdict(config), stage=config.stage, total_steps=self.total_steps, start_step=self.progress.step,
@@ -100,6 +108,7 @@ class Run:
         )  # fmt: skip
         self.bad_updates = 0
         self.saved_step = self.progress.step if self.progress.step else -1
+        self.saving: checkpoint.Saving | None = None
         self.window = Window()
 
     def plan(self) -> int:
@@ -134,8 +143,9 @@ class Run:
                     stop.requested,
                     sum(b.real_tokens for b in micro_batches),
                     sum(b.supervised for b in micro_batches),
+                    self.saving is not None and self.saving.done(),
                 ]
-                stopped, real, supervised = engine.sum_over_ranks([float(count) for count in counts])
+                stopped, real, supervised, written = engine.sum_over_ranks([float(count) for count in counts])
                 progress.step += 1
                 progress.position = min(progress.position + self.loader.rows_per_update, self.loader.total_rows or 0)
                 progress.tokens += int(supervised)
@@ -144,9 +154,11 @@ class Run:
                 self.report(rate, norm, bool(stopped))
                 if stopped:
                     break
+                if written == engine.world.size:
+                    self.advance_save()
                 if due(progress.step, config.save_interval) and progress.step < self.total_steps:
-                    self.save()
-        self.save()
+                    self.save(last=False)
+            self.save()  # in here: a second signal while it writes must not cost it
         if progress.step < self.total_steps:
             self.say(f"stopped at step {progress.step} of {self.total_steps}; the same command continues from here")
         else:
@@ -233,9 +245,11 @@ class Run:
             ids = render_chat(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
         else:
             ids = start_document(self.tokenizer, self.tokenizer.encode(prompt))
-        self.engine.model.eval()
+        model = self.engine.whole_model()
+        if model is None or not self.first:
+            return
         answer = generate(
-            self.engine.model,
+            model.eval(),
             [ids],
             max_new_tokens=64,
             temperature=0.7,
@@ -251,17 +265,17 @@ class Run:
             self.bad_updates = 0
             return
         self.bad_updates += 1
-        scaler = self.engine.scaler
+        scales = self.engine.scales_loss
         culprits = [
             batch.row_ids for batch, loss in zip(micro_batches, self.engine.losses, strict=True) if not loss.isfinite()
         ]
         named = [f"rank {rank}, packed rows {rows}" for rank, rows in enumerate(self.engine.gather(culprits)) if rows]
         where = "; ".join(named) or "the losses are finite, the gradient is not"
-        if not (scaler.is_enabled() and not named):
+        if not (scales and not named):
             self.say(
                 f"step {self.progress.step}: loss {sums['loss']:.4g}, gradient norm {norm:.4g}: update skipped ({where})"
             )
-        if self.bad_updates >= (BAD_UPDATES_FLOAT16 if scaler.is_enabled() else BAD_UPDATES):
+        if self.bad_updates >= (BAD_UPDATES_FLOAT16 if scales else BAD_UPDATES):
             self.save()
             raise ValueError(
                 f"{self.bad_updates} updates in a row were not finite, the last at step {self.progress.step} ({where}); the state is saved. "
@@ -300,31 +314,58 @@ class Run:
         self.say(f"resumed from {found}")
         return Progress(**saved["progress"])
 
-    def save(self) -> None:
-        """Checkpoint and model folder. A checkpoint that cannot be written is told loudly; at the end it is an error."""
+    def save(self, last: bool = True) -> None:
+        """Checkpoint and model folder. A checkpoint that cannot be written is told loudly; at the end it is an error.
+
+        With config.async_save only the last one is waited for.
+        """
+        if self.saving is not None:
+            self.finish_save()
         if self.saved_step == self.progress.step:
             return
         run = {
             "progress": asdict(self.progress),
             "identity": self.identity,
-            "config": comparable(self.config) | {"world_size": self.engine.world.size},
+            "config": comparable(self.config) | {"world_size": self.engine.world.size, "engine": self.engine.name},
         }
         folder = self.config.run_dir / "checkpoints" / f"step_{self.progress.step:06d}"
-        problem = checkpoint.save(self.engine, folder, run, self.config.keep_last)
-        problem = problem or self.engine.gather(checkpoint.attempt(self.export))[0]
-        if problem is None:
-            self.saved_step = self.progress.step
+        background = self.config.async_save and not last
+        self.saving = checkpoint.Saving(
+            self.engine, folder, run, self.config.keep_last, background, also=self.export(background)
+        )
+        if not background:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint under way, if there is one."""
+        while self.saving is not None:
+            self.advance_save()
+
+    def advance_save(self) -> None:
+        """Take the checkpoint under way a step further, and say if it failed."""
+        assert self.saving is not None
+        if not self.saving.published():
             return
-        message = f"step {self.progress.step} could not be saved in {self.config.run_dir}: {problem}; earlier checkpoints are untouched. Free some space"
-        if self.progress.step >= self.total_steps:
+        saving, self.saving = self.saving, None
+        step = checkpoint.step_of(saving.folder)
+        if saving.problem is None:
+            self.saved_step = step
+            return
+        message = f"step {step} could not be saved in {self.config.run_dir}: {saving.problem}; earlier checkpoints are untouched. Free some space"
+        if step >= self.total_steps:
             raise ValueError(f"{message} and run the same command again")
         self.say(f"warning: {message}; training goes on and saves again in {self.config.save_interval} steps")
 
-    def export(self) -> None:
-        """Write the Hugging Face model folder."""
+    def export(self, background: bool) -> Callable[[], None] | None:
+        """What writes the Hugging Face model folder: on rank 0, of the weights as they are now."""
         weights = self.engine.weights()
-        if self.first:
-            export_model(self.engine.model.config, weights, self.tokenizer, self.config.run_dir, self.engine.model)
+        if not self.first:
+            return None
+        if background:
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
+        return partial(
+            export_model, self.engine.model.config, weights, self.tokenizer, self.config.run_dir, self.engine.model
+        )
 
 
 def export_model(config: Any, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path, model: Any) -> None:
@@ -359,6 +400,7 @@ def comparable(config: Config) -> dict[str, Any]:
         "max_steps",
         "batch_size",
         "accumulation_steps",
+        "global_batch_size",
         "learning_rate",
         "min_lr",
         "warmup_steps",
@@ -394,7 +436,7 @@ class Window:
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C ask for a stop after the running update; a second Ctrl-C stops at once."""
+    """SIGTERM and Ctrl-C ask for a stop after the running update; only a second Ctrl-C stops at once."""
 
     requested = False
 
@@ -404,7 +446,8 @@ class StopSignals:
 
     def ask(self, number: int, frame: Any) -> None:
         self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.before.items():

@@ -20,9 +20,10 @@ def build_optimizers(model: nn.Module, config: Config, fused: bool = True) -> li
     Muon's update is scaled to AdamW's RMS (Moonshot, arXiv:2502.16982), so one learning rate serves both.
     """
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    hidden = [p for name, p in parameters if p.ndim == 2 and ".layers." in name]
+    # by name, since a partitioned parameter shows no shape
+    hidden = [p for name, p in parameters if name.endswith("proj.weight")]
     head = [p for name, p in parameters if name.endswith("lm_head.weight")]
-    rest = [p for name, p in parameters if p.ndim < 2 or name.endswith("embed_tokens.weight")]
+    rest = [p for name, p in parameters if name.endswith(("norm.weight", "embed_tokens.weight"))]
     assert len(hidden) + len(head) + len(rest) == len(parameters)
     decay, no_decay = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
     adamw: dict[str, Any] = {

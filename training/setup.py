@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +16,14 @@ from rich.table import Table
 
 from dataset import DEFAULT_TOKENIZER, Loader, build_rows, load_tokenizer
 from dataset.loader import PairRows, Rows, describe
-from model import GPT, GPTConfig, load_pretrained
+from model import GPT, GPTConfig
+from model.folder import folder_weights
+from model.folder import load_config as load_model_config
+from model.gpt import fresh_weights
 from training import distributed
 from training.config import SHAPE_FLAGS, Config, load_config
 from training.distributed import World
-from training.engines import SingleEngine
+from training.engines import SingleEngine, Weights, engine_name
 from training.objectives import sequence_logps
 
 C = TypeVar("C", bound=Config)
@@ -48,50 +52,73 @@ class Machine:
 
 
 def start_machine(config: Config) -> Machine:
-    """Meet the other processes, pick device and precision."""
+    """Meet the other processes, make sure that all were started alike, pick device and precision."""
     world = World.from_environment()
     device = distributed.pick_device(config.device, world)
-    if world.size > 1:
-        distributed.start(world, device)
+    if engine_name(config, world) != "single":
+        distributed.start(world, device, min(distributed.FIRST_CONTACT, config.comm_timeout))
+        # folders and the device's name may differ from node to node
+        own = {
+            "data_path",
+            "val_path",
+            "cache_dir",
+            "out_dir",
+            "init_from",
+            "tokenizer",
+            "offload_dir",
+            "device",
+            "deepspeed_config",
+        }
+        distributed.check_agreement(
+            {f"--{name}": value for name, value in asdict(config).items() if name not in own}
+            | {"torch": torch.__version__}
+        )
     return Machine(world, device, distributed.pick_dtype(config.dtype, device))
 
 
-def starting_model(config: C) -> tuple[GPT, Any, C]:
-    """The model to train, its tokenizer, and the config with every shape filled in.
+def starting_model(config: C) -> tuple[GPT, Weights, Any, C]:
+    """The model to train on the meta device (shapes without memory), its weights, its tokenizer, and the config with
+    every shape filled in.
 
     Raises FileNotFoundError where the model of the stage before is missing, and ValueError where a shape flag
     contradicts the folder or the vocabulary is smaller than the tokenizer's.
     """
-    init = config.init_from
-    if init is None:
-        init = (
-            "none"
-            if config.previous is None
-            else str(Path(config.out_dir) / f"{config.previous}_{config.dim or GPTConfig.dim}")
-        )
-        if init != "none" and not (Path(init) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{init} is not there: run train_{config.previous}.py first, or give the model to start from with --init_from FOLDER"
-            )
+    init = config.init_from or starting_folder(config)
+    tokenizer = load_tokenizer(config.tokenizer or (DEFAULT_TOKENIZER if init == "none" else init))
     if init == "none":
-        tokenizer = load_tokenizer(config.tokenizer or DEFAULT_TOKENIZER)
         given = {
             name: getattr(config, name) for name in (*SHAPE_FLAGS, "max_seq_len") if getattr(config, name) is not None
         }
-        torch.manual_seed(config.seed)
-        model = GPT(GPTConfig(**({"vocab_size": tokenizer.vocab_size} | given), dropout=config.dropout))
+        shape = GPTConfig(**({"vocab_size": tokenizer.vocab_size} | given), dropout=config.dropout)
+        weights: Weights = partial(fresh_weights, shape, config.seed)
     else:
-        tokenizer = load_tokenizer(config.tokenizer or init)
-        model = load_pretrained(init)
-        check_shapes(config, model.config, init)
-        model = with_training_options(model, config)
-    if tokenizer.vocab_size > model.config.vocab_size:
+        folder = load_model_config(init)
+        check_shapes(config, folder, init)
+        # this run's dropout, and a longer context where --max_seq_len asks for it
+        length = max(folder.max_seq_len, config.max_seq_len or 0)
+        shape = replace(folder, dropout=config.dropout, max_seq_len=length)
+        weights = partial(folder_weights, init, folder)
+    if tokenizer.vocab_size > shape.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocabulary only {model.config.vocab_size}; give a larger --vocab_size, or the model's own --tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocabulary only {shape.vocab_size}; give a larger --vocab_size, or the model's own --tokenizer"
         )
-    shapes = {name: getattr(model.config, name) for name in SHAPE_FLAGS}
-    length = config.max_seq_len or model.config.max_seq_len
-    return model, tokenizer, replace(config, init_from=init, max_seq_len=length, **shapes)
+    with torch.device("meta"):
+        model = GPT(shape)
+    shapes = {name: getattr(shape, name) for name in SHAPE_FLAGS}
+    length = config.max_seq_len or shape.max_seq_len
+    return model, weights, tokenizer, replace(config, init_from=init, max_seq_len=length, **shapes)
+
+
+def starting_folder(config: Config) -> str:
+    """Where a stage starts if --init_from does not say: none, or the folder of the stage before."""
+    if config.previous is None:
+        return "none"
+    folder = Path(config.out_dir) / f"{config.previous}_{config.dim or GPTConfig.dim}"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not there: run train_{config.previous}.py first, or give the model to start from with --init_from FOLDER"
+        )
+    return str(folder)
 
 
 def check_shapes(config: Config, folder: GPTConfig, init: str) -> None:
@@ -101,18 +128,6 @@ def check_shapes(config: Config, folder: GPTConfig, init: str) -> None:
             raise ValueError(
                 f"--{name} {wanted} contradicts {init}, which has {name} {found}; leave the flag out, or give another --init_from"
             )
-
-
-def with_training_options(model: GPT, config: Config) -> GPT:
-    """The same weights with this run's dropout, and a longer context where --max_seq_len asks for it."""
-    length = max(model.config.max_seq_len, config.max_seq_len or 0)
-    options = replace(model.config, dropout=config.dropout, max_seq_len=length)
-    if options == model.config:
-        return model
-    with torch.device("meta"):
-        changed = GPT(options)
-    changed.load_state_dict(model.state_dict(), assign=True)
-    return changed
 
 
 @dataclass
@@ -147,15 +162,9 @@ def load_data(config: Config, tokenizer: Any, world: World) -> Data:
         print_table({"train": train, "val": val})
     if train is None:
         raise ValueError(f"{' '.join(config.data_path)}: no row is left to learn from; the table above says why")
-    distributed.check_agreement(
-        {
-            "data": train.encoded.fingerprint,
-            "world size": world.size,
-            "batch_size": config.batch_size,
-            "accumulation_steps": config.accumulation_steps,
-        },
-        world,
-    )
+    parts = {"training data": train.encoded.fingerprint, "validation data": val.encoded.fingerprint if val else None}
+    distributed.check_agreement(parts)
+    distributed.set_timeout(timedelta(seconds=config.comm_timeout))
     return Data(train, val)
 
 
@@ -172,24 +181,26 @@ def print_table(parts: dict[str, Rows | None]) -> None:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def weights_hash(model: GPT) -> str:
+def weights_hash(weights: Weights) -> str:
     """Hash of all weights, by name."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in weights():
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def fill_reference(rows: Rows | None, engine: SingleEngine, config: Config, init_hash: str) -> None:
     """Log-probabilities of every answer under the model as it stands (the starting model), computed once and cached.
 
-    All ranks share the work. The cache is keyed by the model's weights, the data, and the precision.
+    All ranks share the work. The cache is keyed by the model's weights, the data, and the precision (in which engines
+    differ where it is not float32).
     """
     if rows is None:
         return
     assert isinstance(rows, PairRows)
-    key = xxhash.xxh3_64_hexdigest(f"{init_hash} {rows.encoded.fingerprint} {engine.dtype}".encode())
+    precision = "float32" if engine.dtype == torch.float32 else f"{engine.dtype} {engine.name}"
+    key = xxhash.xxh3_64_hexdigest(f"{init_hash} {rows.encoded.fingerprint} {precision}".encode())
     path = Path(config.cache_dir) / f"reference-{key}.pt"
     cached = torch.load(path, weights_only=True).numpy() if path.is_file() else None
     if all(engine.gather(cached is not None)) and cached is not None:
@@ -210,13 +221,13 @@ def fill_reference(rows: Rows | None, engine: SingleEngine, config: Config, init
         os.replace(part, path)
 
 
-def run_identity(config: Config, model: GPT, data: Data) -> dict[str, Any]:
-    """What a checkpoint must share with a run to continue it exactly. Call before training changes the weights."""
+def run_identity(config: Config, weights: Weights, data: Data) -> dict[str, Any]:
+    """What a checkpoint must share with a run to continue it exactly."""
     return {
         "stage": config.stage,
         "data": data.train.encoded.fingerprint,
         "seed": config.seed,
         "optimizer": config.optimizer,
-        "init_from": "none" if config.init_from == "none" else weights_hash(model),
+        "init_from": "none" if config.init_from == "none" else weights_hash(weights),
         "shape": {name: getattr(config, name) for name in (*SHAPE_FLAGS, "max_seq_len")},
     } | ({"beta": getattr(config, "beta", None)} if config.stage == "dpo" else {})

@@ -180,3 +180,18 @@ def test_a_folder_left_half_written_is_cleared_away(make_engine, tmp_path):
     save(make_engine(), tmp_path, 100)
     assert names(tmp_path) == ["step_000100"]
     assert not (tmp_path / "step_000100" / "rubbish").exists()
+
+
+def test_what_is_saved_in_the_background_is_the_state_when_it_began(make_engine, tmp_path):
+    engine, follower = make_engine(), make_engine(seed=1)
+    train(engine)
+    before = {name: tensor.clone() for name, tensor in engine.weights().items()}
+    saving = checkpoint.Saving(engine, tmp_path / "step_000002", RUN, keep_last=9, background=True)
+    train(engine)  # goes on while the files are written
+    while not saving.published():
+        pass
+    assert saving.problem is None and checkpoint.damage(tmp_path / "step_000002") is None
+    checkpoint.load(follower, tmp_path / "step_000002")
+    assert all(torch.equal(before[name], tensor) for name, tensor in follower.weights().items())
+    train(follower)
+    assert all(torch.equal(a, b) for a, b in zip(engine.model.parameters(), follower.model.parameters(), strict=True))

@@ -5,10 +5,7 @@ the update's global weight, the very gradient one process would have.
 """
 
 import contextlib
-from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +16,7 @@ class DDPEngine(SingleEngine):
     name = "ddp"
 
     def wrap(self) -> nn.Module:
+        super().wrap()
         self.gradient_scale = float(self.world.size)
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(
@@ -27,16 +25,3 @@ class DDPEngine(SingleEngine):
 
     def communicate_if(self, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self.network.no_sync()  # type: ignore[operator,union-attr]
-
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        everywhere: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everywhere, value)
-        return everywhere
-
-    def barrier(self) -> None:
-        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)

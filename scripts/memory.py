@@ -1,0 +1,124 @@
+"""What does one rank hold? An engine's flags in; bytes of parameters, gradients and optimizer state out, measured.
+
+torchrun --nproc_per_node 2 scripts/memory.py --dim 768 --n_layers 16 --engine fsdp
+deepspeed --num_gpus 2 scripts/memory.py --dim 768 --n_layers 16 --zero_stage 2
+
+One update on one short row, random weights, nothing saved. The bytes are those of the live tensors of rank 0, each
+storage counted once: what the parameters stand on, what the optimizer keeps, and what is there before the update and
+gone after it (gradients). Beside them the formula of the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054,
+section 3) for this engine's number of copies.
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dataset.batch import Batch
+from training import NextToken, PretrainConfig, build_engine
+from training.engines import SingleEngine
+from training.metrics import peak_memory_mb
+from training.setup import run_stage, start_machine, starting_model
+
+Storages = dict[int, int]  # address -> bytes
+
+
+def storages(tensors: Iterable[Any]) -> Storages:
+    found: Storages = {}
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            tensor = tensor._local_tensor
+        if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def live(engine: SingleEngine) -> Storages:
+    """Every tensor Python can reach; gradients live in C++ until they are asked for."""
+    kept = [parameter.grad for parameter in engine.model.parameters()]
+    gc.collect()
+    return storages([*kept, *(thing for thing in gc.get_objects() if isinstance(thing, Tensor))])
+
+
+def parameters_of(engine: SingleEngine) -> Storages:
+    parts = [getattr(parameter, "ds_tensor", None) for parameter in engine.model.parameters()]  # ZeRO-3's own part
+    return storages([*engine.model.parameters(), *parts])
+
+
+def optimizer_of(engine: SingleEngine) -> Storages:
+    """Moments, and master copies where the optimizer works on other tensors than the model's."""
+    tensors: list[Any] = []
+    for optimizer in engine.optimizers:
+        tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    return storages(tensors)
+
+
+def measure(engine: SingleEngine) -> dict[str, int]:
+    ids = torch.arange(16).expand(1, 16)
+    batch = Batch(ids, ids + 1, ids, [0], 16, 16)
+    for _ in range(2):  # the first update makes the optimizer's state
+        engine.forward_backward([batch], NextToken())
+        held = storages(parameter.grad for parameter in engine.model.parameters())
+        before_step = live(engine)
+        engine.step(1e-4)
+    after_step = live(engine)
+    parameters = parameters_of(engine)
+    optimizer = {key: size for key, size in optimizer_of(engine).items() if key not in parameters}
+    known = parameters.keys() | optimizer.keys()
+    gradients = {k: v for k, v in before_step.items() if k not in known and (k in held or k not in after_step)}
+    buffers = {k: v for k, v in after_step.items() if k not in known and k not in gradients}
+    named = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer, "buffers": buffers}
+    return {name: sum(part.values()) for name, part in named.items()}
+
+
+def formula(engine: SingleEngine, shards: int, stage: int, n: int) -> dict[str, float]:
+    """Bytes a rank by the paper: parameters, gradients and K of optimizer state, each divided by the ranks that share it."""
+    mixed = (
+        engine.name == "deepspeed" and engine.dtype != torch.float32
+    )  # 16-bit parameters and gradients beside masters
+    size = 2 if mixed else 4
+    # Adam's two moments; DeepSpeed keeps a float32 master copy as well, in float32 too once it partitions
+    optimizer = 8 + (4 if mixed or (engine.name == "deepspeed" and stage) else 0)
+    return {
+        "parameters": size * n / (shards if stage >= 3 else 1),
+        "gradients": size * n / (shards if stage >= 2 else 1),
+        "optimizer": optimizer * n / (shards if stage >= 1 else 1),
+    }
+
+
+def main(config: PretrainConfig) -> None:
+    machine = start_machine(config)
+    model, weights, _, config = starting_model(replace(config, init_from="none"))
+    n = model.num_parameters()
+    engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
+    measured = measure(engine)
+    stage = {"single": 0, "ddp": 0, "fsdp": 3}.get(engine.name, getattr(engine, "stage", 0))
+    expected = formula(engine, machine.world.local_size if config.hsdp else machine.world.size, stage, n)
+    if machine.world.rank == 0:
+        name = engine.name if engine.name != "deepspeed" else f"deepspeed ZeRO-{stage}"
+        print(
+            f"{name}, {machine.world.size} ranks, {n:,} parameters, {str(machine.dtype).split('.')[1]}, bytes on rank 0:"
+        )
+        for part, size in measured.items():
+            beside = f"  formula {expected[part]:>15,.0f}" if part in expected else ""
+            print(f"  {part:<11} {size:>15,}{beside}")
+        print(
+            f"  {'state':<11} {sum(measured[part] for part in expected):>15,}  formula {sum(expected.values()):>15,.0f}"
+        )
+        print(json.dumps({"engine": name, "ranks": machine.world.size, "measured": measured, "formula": expected}))
+        print(f"  peak memory of the process {peak_memory_mb(engine.device):,.0f} MB")
+
+
+if __name__ == "__main__":
+    run_stage(main, PretrainConfig)

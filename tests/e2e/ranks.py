@@ -1,0 +1,123 @@
+"""Run under a launcher by test_launchers: what two ranks must have in common, for every engine, as lines of JSON.
+
+Three updates of three accumulated micro-batches, the second with a loss that is not a number on rank 1 alone. Printed:
+the largest difference between what the ranks' networks answer, how often gradients travelled in an update, and whether
+the bad update left no trace.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dataset.batch import Batch
+from model import GPT, GPTConfig
+from training import NextToken, PretrainConfig, build_engine
+from training.distributed import World, start
+from training.engines import SingleEngine
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"engine": "ddp"},
+    "fsdp": {"engine": "fsdp"},
+    "zero0": {"engine": "deepspeed", "zero_stage": 0},
+    "zero1": {"engine": "deepspeed", "zero_stage": 1},
+    "zero2": {"engine": "deepspeed", "zero_stage": 2},
+    "zero2 offload": {"engine": "deepspeed", "zero_stage": 2, "offload": "cpu"},
+    "zero3": {"engine": "deepspeed", "zero_stage": 3},
+}
+SHAPE = GPTConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, max_seq_len=16)
+world = World.from_environment()
+device = torch.device("cpu")
+
+
+class Poisoned(NextToken):
+    """Not a number on rank 1."""
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        loss, sums = super().__call__(model, batch)
+        return loss * (float("nan") if world.rank == 1 else 1.0), sums
+
+
+class Reductions(TorchDispatchMode):
+    """Counts the calls that sum gradients over ranks; the few numbers that ranks tell each other are not gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("c10d.") and any(word in name for word in ("allreduce", "reduce_scatter", "reduce_")):
+            tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if torch.is_tensor(t)]
+            if max((t.numel() for t in tensors), default=0) > 100:
+                self.calls[name.split(".")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def micro_batches(update: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(10 * update + world.rank)
+    batches = []
+    for _ in range(3):
+        ids = torch.randint(0, 50, (2, 16), generator=generator)
+        batches.append(Batch(ids, ids.roll(-1, 1), torch.arange(16).expand(2, 16), [0, 1], 32, 32))
+    return batches
+
+
+def answers(engine: SingleEngine) -> torch.Tensor:
+    return engine.apply(lambda network: network(torch.arange(16).expand(1, 16)))
+
+
+def difference_between_ranks(engine: SingleEngine) -> float:
+    low, high = answers(engine).clone(), answers(engine).clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    return float((high - low).max())
+
+
+def try_out(flags: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, **flags)
+    engine = build_engine(GPT(SHAPE), config, device, torch.float32, world)
+    ddp_calls: Counter[int] = Counter()
+
+    def counting_hook(state, bucket):  # DDP's reducer is C++ and calls nothing that can be watched
+        ddp_calls[bucket.index()] += 1
+        return allreduce_hook(state, bucket)
+
+    if engine.name == "ddp":
+        engine.network.register_comm_hook(None, counting_hook)  # type: ignore[operator]
+    engine.forward_backward(micro_batches(0), NextToken())
+    engine.step(1e-2)
+    ddp_calls.clear()
+    before = answers(engine)
+    engine.forward_backward(micro_batches(1), Poisoned())
+    norm = engine.step(1e-2)
+    no_trace = bool(torch.equal(answers(engine), before)) and norm not in (0.0, 1.0) and not norm < float("inf")
+    ddp_calls.clear()
+    with Reductions() as reductions:
+        sums, _ = engine.forward_backward(micro_batches(2), NextToken())
+    good = engine.step(1e-2)
+    moved = not torch.equal(answers(engine), before)
+    return {
+        "difference": difference_between_ranks(engine),
+        "reductions": max(ddp_calls.values()) if ddp_calls else sum(reductions.calls.values()),
+        "kinds": dict(reductions.calls),
+        "bad update left no trace": no_trace and moved and 0 < good < float("inf"),
+        "loss": sums["loss"],
+    }
+
+
+start(world, device)
+for name, flags in ENGINES.items():
+    result = try_out(flags)
+    if world.rank == 0:
+        print(json.dumps({"engine": name} | result), flush=True)
+dist.destroy_process_group()

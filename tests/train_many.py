@@ -1,0 +1,17 @@
+"""Started by a launcher: several runs of the entry scripts in the same processes, which saves the seconds of importing.
+
+torchrun --nproc_per_node 2 tests/train_many.py runs.json        [["pretrain", ["--dim", "32", ...]], ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.helpers import train_here
+from training import distributed
+
+for stage, flags in json.loads(Path(sys.argv[-1]).read_text()):
+    train_here(stage, *flags)
+distributed.stop()
