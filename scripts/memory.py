@@ -57,11 +57,26 @@ def parameters_of(engine: SingleEngine) -> Storages:
 
 def optimizer_of(engine: SingleEngine) -> Storages:
     """Moments, and master copies where the optimizer works on other tensors than the model's."""
-    tensors: list[Any] = []
+    tensors: list[Any] = [piece for piece, _ in engine.pieces()] if partitioned(engine) else []  # type: ignore[attr-defined]
     for optimizer in engine.optimizers:
         tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
         tensors += [value for state in optimizer.state.values() for value in state.values()]
     return storages(tensors)
+
+
+def gradients_of(engine: SingleEngine) -> Storages:
+    """Those on the parameters, and ZeRO-3's buffer, which stays between updates."""
+    buffer = getattr(engine.network.optimizer, "grad_partitions_flat_buffer", None) if partitioned(engine) else None
+    return storages([buffer, *(parameter.grad for parameter in engine.model.parameters())])
+
+
+def partitioned(engine: SingleEngine) -> bool:
+    return engine.name == "deepspeed" and stage_of(engine) > 0
+
+
+def stage_of(engine: SingleEngine) -> int:
+    """The ZeRO stage an engine amounts to."""
+    return {"single": 0, "ddp": 0, "fsdp": 3}.get(engine.name, getattr(engine, "stage", 0))
 
 
 def measure(engine: SingleEngine) -> dict[str, int]:
@@ -69,7 +84,7 @@ def measure(engine: SingleEngine) -> dict[str, int]:
     batch = Batch(ids, ids + 1, ids, [0], 16, 16)
     for _ in range(2):  # the first update makes the optimizer's state
         engine.forward_backward([batch], NextToken())
-        held = storages(parameter.grad for parameter in engine.model.parameters())
+        held = gradients_of(engine)
         before_step = live(engine)
         engine.step(1e-4)
     after_step = live(engine)
@@ -103,10 +118,10 @@ def main(config: PretrainConfig) -> None:
     n = model.num_parameters()
     engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
     measured = measure(engine)
-    stage = {"single": 0, "ddp": 0, "fsdp": 3}.get(engine.name, getattr(engine, "stage", 0))
-    expected = formula(engine, machine.world.local_size if config.hsdp else machine.world.size, stage, n)
+    shards = machine.world.local_size if config.hsdp else machine.world.size
+    expected = formula(engine, shards, stage_of(engine), n)
     if machine.world.rank == 0:
-        name = engine.name if engine.name != "deepspeed" else f"deepspeed ZeRO-{stage}"
+        name = engine.name if engine.name != "deepspeed" else f"deepspeed ZeRO-{stage_of(engine)}"
         print(
             f"{name}, {machine.world.size} ranks, {n:,} parameters, {str(machine.dtype).split('.')[1]}, bytes on rank 0:"
         )

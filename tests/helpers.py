@@ -97,28 +97,45 @@ def run(
 
 
 def launched(
-    script: Path, *arguments: Any, ranks: int = 2, deepspeed: bool = False
+    script: Path, *arguments: Any, ranks: int = 2, nodes: int = 1, deepspeed: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script under torchrun or under the deepspeed launcher."""
+    """Run a script under torchrun (one on each "node", all on this machine) or under the deepspeed launcher.
+
+    What comes back is the first node's.
+    """
     folder = Path(sys.executable).parent
-    port = ["--master_port", str(free_port())]
+    port = str(free_port())
     if deepspeed:
-        launcher = [str(folder / "deepspeed"), "--num_gpus", str(ranks), *port]
+        launcher = [str(folder / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port]
     else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), *port]
+        meet = [
+            "--nnodes",
+            str(nodes),
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            f"localhost:{port}",
+            "--rdzv_id",
+            port,
+        ]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks // nodes), *meet]
+    command = [*launcher, str(script), *map(str, arguments)]
     env = environment(PATH=f"{folder}:{os.environ['PATH']}")
-    done = subprocess.run(
-        [*launcher, str(script), *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
-    )
+    others = [
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(nodes - 1)
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert all(other.wait(60) == 0 for other in others)
     return done
 
 
-def train_many(folder: Path, runs: list[tuple[str, list[Any]]], ranks: int = 2, deepspeed: bool = False) -> str:
+def train_many(folder: Path, runs: list[tuple[str, list[Any]]], ranks: int = 2, **how: Any) -> str:
     """Several runs of entry scripts (stage, flags), one after the other in the same launched processes; what they said."""
     plan = folder / f"runs-{free_port()}.json"
     plan.write_text(json.dumps([[stage, [str(flag) for flag in flags]] for stage, flags in runs]))
-    done = launched(ROOT / "tests/train_many.py", plan, ranks=ranks, deepspeed=deepspeed)
+    done = launched(ROOT / "tests/train_many.py", plan, ranks=ranks, **how)
     return done.stdout + done.stderr
 
 

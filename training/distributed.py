@@ -6,12 +6,15 @@ gradients (sums, any value, a barrier) is here too, and costs one process nothin
 """
 
 import os
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 FIRST_CONTACT = 120.0  # seconds for all ranks to meet; a missing one is an error then, not a silent hang
 PREPARATION = timedelta(hours=4)  # nodes may tokenize the same data for hours, one faster than another
@@ -97,17 +100,46 @@ def start(world: World, device: torch.device, seconds: float = FIRST_CONTACT) ->
     if world.launcher is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
+    limit = timedelta(seconds=seconds)
+    advice = "check that every node runs, the address and port, and the firewall"
     try:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=seconds))
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if world.rank > 0:
+            wait_for_listener(host, port, seconds)
+        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=limit))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # this store is torchrun's and outlives a restart: what the ranks before wrote there leads to dead processes
+            store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            if (
+                world.size > world.local_size
+            ):  # nodes then count restarts, and remember the store's address, each for itself
+                advice += "; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where nodes may come and go"
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
         barrier(device)
-    except (RuntimeError, ValueError) as error:
+    except KeyError as error:
+        raise ValueError(
+            f"RANK is set but {error.args[0]} is not; start with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        ) from None
+    except (RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"rank {world.rank} of {world.size} could not meet the others at {address} within {seconds:.0f} s ({first_line}); "
-            "check that every node runs, the address and port, and the firewall"
+            f"rank {world.rank} of {world.size} could not meet the others at {address} within {seconds:.0f} s ({first_line}); {advice}"
         ) from None
     set_timeout(PREPARATION)
+
+
+def wait_for_listener(host: str, port: int, seconds: float) -> None:
+    """Raises OSError where nobody answers by then; torch's own wait is twice as long and prints pages of C++ frames."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def set_timeout(limit: timedelta) -> None:

@@ -93,13 +93,13 @@ class Run:
         checkpoint.share_folder(engine, config.run_dir)
         self.flops_per_token = flops_per_token(engine.model.config, config.max_seq_len or 0)
         self.peak_flops = peak_flops(engine.device, engine.dtype) * engine.world.size
-        # dropout differs between ranks; nothing random before this counts
-        torch.manual_seed(config.seed + engine.world.rank)
-        self.progress = self.resume()
         self.loader = Loader(
             data.train, config.batch_size, config.accumulation_steps, engine.world.rank, engine.world.size, config.seed,
             rows_per_update=config.global_batch_size,
         )  # fmt: skip
+        # dropout differs between ranks; nothing random before this counts
+        torch.manual_seed(config.seed + engine.world.rank)
+        self.progress = self.resume()
         self.total_steps = self.plan()
         self.metrics = Metrics(
             config.run_dir, asdict(config), stage=config.stage, total_steps=self.total_steps, start_step=self.progress.step,
@@ -284,6 +284,19 @@ class Run:
 
     # --- state ---
 
+    def comparable(self) -> dict[str, Any]:
+        """What is worth a note where it differs at a resume."""
+        names = (
+            "epochs", "max_steps", "batch_size", "accumulation_steps", "global_batch_size", "learning_rate", "min_lr", "warmup_steps",
+            "lr_schedule", "weight_decay", "grad_clip", "dtype", "dropout",
+        )  # fmt: skip
+        spread = {"engine": self.engine.name, "processes": self.engine.world.size}
+        return (
+            {name: getattr(self.config, name) for name in names}
+            | spread
+            | {"rows an update": self.loader.rows_per_update}
+        )
+
     def resume(self) -> Progress:
         """Load the checkpoint config.resume asks for, after checking that it continues this very run."""
         folder = self.config.run_dir / "checkpoints"
@@ -306,9 +319,7 @@ class Run:
                     f"use the old {name}, another --out_dir, or start over with --resume none"
                 )
         checkpoint.load(self.engine, found)
-        changed = {
-            k: (saved["config"].get(k), v) for k, v in comparable(self.config).items() if saved["config"].get(k) != v
-        }
+        changed = {k: (saved["config"].get(k), v) for k, v in self.comparable().items() if saved["config"].get(k) != v}
         for name, (before, now) in changed.items():
             self.say(f"note: {name} was {before!r} when this checkpoint was saved and is {now!r} now")
         self.say(f"resumed from {found}")
@@ -326,7 +337,7 @@ class Run:
         run = {
             "progress": asdict(self.progress),
             "identity": self.identity,
-            "config": comparable(self.config) | {"world_size": self.engine.world.size, "engine": self.engine.name},
+            "config": self.comparable(),
         }
         folder = self.config.run_dir / "checkpoints" / f"step_{self.progress.step:06d}"
         background = self.config.async_save and not last
@@ -391,26 +402,6 @@ def evaluate_rows(
         totals = {name: totals[name] + sums[name] for name in totals}
         weight += w
     return totals, weight
-
-
-def comparable(config: Config) -> dict[str, Any]:
-    """The settings worth a note when they differ at a resume."""
-    names = (
-        "epochs",
-        "max_steps",
-        "batch_size",
-        "accumulation_steps",
-        "global_batch_size",
-        "learning_rate",
-        "min_lr",
-        "warmup_steps",
-        "lr_schedule",
-        "weight_decay",
-        "grad_clip",
-        "dtype",
-        "dropout",
-    )
-    return {name: getattr(config, name) for name in names}
 
 
 def due(step: int, interval: int) -> bool:

@@ -33,8 +33,14 @@ def run_stage(main: Callable[[Any], None], cls: type[Config]) -> None:
     """Parse flags and call main; what a user did wrong is one line, not a traceback. Exits with 2 then."""
     try:
         main(load_config(cls))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError):
+            if not distributed.is_lost_contact(error):
+                raise
+            rank = torch.distributed.get_rank()
+            text = f"rank {rank} lost contact with another rank ({text.splitlines()[0]}); the one that ended first says why"
+        print(f"error: {text}", file=sys.stderr)
         sys.stderr.flush()
         # the other ranks may wait in a collective; leave without waiting for them, and the launcher stops them
         os._exit(2) if torch.distributed.is_initialized() else sys.exit(2)
@@ -72,6 +78,7 @@ def start_machine(config: Config) -> Machine:
         distributed.check_agreement(
             {f"--{name}": value for name, value in asdict(config).items() if name not in own}
             | {"torch": torch.__version__}
+            | ({"processes on its node": world.local_size} if config.hsdp else {})
         )
     return Machine(world, device, distributed.pick_dtype(config.dtype, device))
 

@@ -1,8 +1,8 @@
 """Run under a launcher by test_launchers: what two ranks must have in common, for every engine, as lines of JSON.
 
 Three updates of three accumulated micro-batches, the second with a loss that is not a number on rank 1 alone. Printed:
-the largest difference between what the ranks' networks answer, how often gradients travelled in an update, and whether
-the bad update left no trace.
+the largest difference between what the ranks' networks answer, how often gradients travelled in an update, whether the
+bad update left no trace, and whether ZeRO-3's state comes back from a folder (the argument).
 """
 
 import json
@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from training import NextToken, PretrainConfig, build_engine
 from training.distributed import World, start
 from training.engines import SingleEngine
+from training.engines.named_state import UniversalState
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"engine": "ddp"},
@@ -82,6 +83,17 @@ def difference_between_ranks(engine: SingleEngine) -> float:
     return float((high - low).max())
 
 
+def comes_back_by_name(engine: Any, folder: Path) -> bool:
+    """The checkpoint of state that lives on a disk: a folder a parameter, read by any engine."""
+    engine.save_by_name(folder)
+    engine.barrier()
+    state = UniversalState(folder)
+    weights = engine.weights()
+    parts = {name: state.read(name, weight.shape) for name, weight in weights.items()}
+    equal = all(torch.equal(parts[name]["fp32"], weight) for name, weight in weights.items())
+    return state.step == 2 and equal and all(bool(part["exp_avg_sq"].any()) for part in parts.values())
+
+
 def try_out(flags: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, **flags)
@@ -106,7 +118,11 @@ def try_out(flags: dict[str, Any]) -> dict[str, Any]:
         sums, _ = engine.forward_backward(micro_batches(2), NextToken())
     good = engine.step(1e-2)
     moved = not torch.equal(answers(engine), before)
+    kept = True
+    if engine.name == "deepspeed" and engine.stage == 3:  # type: ignore[attr-defined]
+        kept = comes_back_by_name(engine, Path(sys.argv[1]))
     return {
+        "state by name": kept,
         "difference": difference_between_ranks(engine),
         "reductions": max(ddp_calls.values()) if ddp_calls else sum(reductions.calls.values()),
         "kinds": dict(reductions.calls),

@@ -45,8 +45,8 @@ def test_ranks_started_with_different_settings_are_told_so(tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def ranks() -> dict[str, dict[str, Any]]:
-    done = launched(ROOT / "tests/e2e/ranks.py")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    done = launched(ROOT / "tests/e2e/ranks.py", tmp_path_factory.mktemp("ranks") / "state")
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["engine"]: line for line in lines}
 
@@ -61,7 +61,7 @@ def test_ranks_stay_equal_reduce_once_an_update_and_skip_a_bad_one(ranks: dict[s
     """Two ranks, three accumulated micro-batches."""
     assert ranks[engine]["difference"] == 0
     assert ranks[engine]["reductions"] == REDUCTIONS[engine]
-    assert ranks[engine]["bad update left no trace"]
+    assert ranks[engine]["bad update left no trace"] and ranks[engine]["state by name"]
     assert ranks[engine]["loss"] == pytest.approx(ranks["ddp"]["loss"], rel=1e-5)
 
 
@@ -79,3 +79,21 @@ def test_a_saved_config_runs_again_and_gives_the_same_losses(tmp_path: Path) -> 
     assert losses(tmp_path / "second", "pretrain").keys() == losses(tmp_path / "first", "pretrain").keys()
     for step, loss in losses(tmp_path / "first", "pretrain").items():
         assert abs(losses(tmp_path / "second", "pretrain")[step] - loss) < 1e-5 * loss
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "accelerate.commands.launch"])
+def test_other_launchers_start_the_same_run_as_torchrun(tmp_path: Path, launcher: str) -> None:
+    pytest.importorskip(launcher.split(".")[0])
+    options = {
+        "torch.distributed.launch": ["--nproc_per_node", "2", "--master_port", str(free_port())],
+        # its --cpu starts one process; this starts two, on GPUs where there are any
+        "accelerate.commands.launch": ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())],
+    }
+    flags = flags_of(tmp_path, tmp_path / "launched")
+    done = subprocess.run(
+        [sys.executable, "-m", launcher, *options[launcher], str(ROOT / "train_pretrain.py"), *flags],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    train_here("pretrain", *flags, "--out_dir", tmp_path / "alone", "--accumulation_steps", 2)
+    assert losses(tmp_path / "launched", "pretrain") == pytest.approx(losses(tmp_path / "alone", "pretrain"), rel=1e-5)

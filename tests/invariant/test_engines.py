@@ -15,11 +15,12 @@ TORCHRUN = {
     "fsdp": ["--engine", "fsdp"],
     "fsdp, offload, checkpointing, async": ["--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save"],
 }  # fmt: skip
-DEEPSPEED = {f"zero{stage}": ["--zero_stage", str(stage)] for stage in range(4)} | {
+# stage 3 first: it must not live on what another stage has set up in the same process
+DEEPSPEED = {f"zero{stage}": ["--zero_stage", str(stage)] for stage in (3, 0, 1, 2)} | {
     "zero2 offload": ["--zero_stage", "2", "--offload", "cpu", "--grad_checkpointing"],
     "zero3 offload": ["--zero_stage", "3", "--offload", "cpu", "--grad_checkpointing", "--async_save"],
 }
-FOUR = {"ddp": ["--engine", "ddp"], "fsdp": ["--engine", "fsdp"]}
+FOUR = {"ddp": ["--engine", "ddp"], "fsdp, a copy a node": ["--engine", "fsdp", "--hsdp"]}
 Check = Callable[[str, str], None]
 
 
@@ -38,7 +39,7 @@ def flags_of(base: Path, stage: str, name: str, *flags: object) -> list:
     return [*stage_flags(base, stage, base / name), *steps, *flags]
 
 
-def train_all(base: Path, engines: dict[str, list[str]], ranks: int, deepspeed: bool = False) -> Path:
+def train_all(base: Path, engines: dict[str, list[str]], ranks: int, **how: object) -> Path:
     """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four."""
     split = ["--batch_size", 4 // ranks, "--accumulation_steps", 2]
     runs = [
@@ -46,7 +47,7 @@ def train_all(base: Path, engines: dict[str, list[str]], ranks: int, deepspeed: 
         for name, flags in engines.items()
         for stage in STAGES
     ]
-    train_many(base, runs, ranks, deepspeed)
+    train_many(base, runs, ranks, **how)
     return base
 
 
@@ -72,7 +73,7 @@ def deepspeed(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def four(base: Path) -> Path:
-    return train_all(base, FOUR, ranks=4)
+    return train_all(base, FOUR, ranks=4, nodes=2)
 
 
 @pytest.mark.xdist_group("torchrun")
@@ -92,5 +93,5 @@ def test_two_ranks_under_the_deepspeed_launcher(deepspeed: Path, engine: str, st
 @pytest.mark.xdist_group("torchrun")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("engine", FOUR)
-def test_four_ranks(four: Path, engine: str, stage: str) -> None:
+def test_four_ranks_on_two_nodes(four: Path, engine: str, stage: str) -> None:
     same_as_alone(four, f"{engine} x4", stage)

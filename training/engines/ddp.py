@@ -19,9 +19,7 @@ class DDPEngine(SingleEngine):
         super().wrap()
         self.gradient_scale = float(self.world.size)
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            self.model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
 
     def communicate_if(self, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self.network.no_sync()  # type: ignore[operator,union-attr]

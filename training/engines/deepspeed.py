@@ -23,6 +23,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from model import GPT
 from training.engines.deepspeed_config import deepspeed_settings
 from training.engines.fsdp import assemble
-from training.engines.named_state import MOMENTS, TAG, NamedState
+from training.engines.named_state import MOMENTS, TAG, NamedState, write_universal
 from training.engines.single import SingleEngine, Weights
 from training.optimizer import build_optimizers
 
@@ -54,6 +55,8 @@ class DeepSpeedEngine(SingleEngine):
         if self.dtype == torch.bfloat16 and self.settings["gradient_accumulation_steps"] > 1:
             self.settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         if self.stage == 3:
+            os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where no launcher has set it
+            deepspeed.init_distributed(dist_init_required=False, verbose=False)  # else Init takes itself to be alone
             with deepspeed.zero.Init(config_dict_or_path=self.settings):
                 return GPT(model.config)
         return model.to_empty(device=self.device)
@@ -180,6 +183,9 @@ class DeepSpeedEngine(SingleEngine):
     def save(self, folder: Path, background: bool) -> Future | None:
         if self.stage == 0:
             return super().save(folder, background)
+        if "nvme" in self.form()["offload"]:
+            self.save_by_name(folder)
+            return None
         form = folder / "form.json"
         if self.world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +199,17 @@ class DeepSpeedEngine(SingleEngine):
             return written
         written.result()
         return None
+
+    @torch.no_grad()
+    def save_by_name(self, folder: Path) -> None:
+        """State that lives on a disk, parameter by parameter, the ranks taking turns to write: DeepSpeed's own files of
+        it do not come back as they were."""
+        step = float(self.optimizers[0].state[self.pieces()[0][0]]["step"])
+        for i, (name, parameter) in enumerate(self.model.named_parameters()):
+            parts = {"fp32": safe_get_full_fp32_param(parameter)}
+            parts |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+            if i % self.world.size == self.world.rank:
+                write_universal(folder, name, {part: tensor.cpu() for part, tensor in parts.items()}, step)
 
     def form(self) -> dict[str, Any]:
         """What must be equal for DeepSpeed to read its own files as they are."""

@@ -69,11 +69,24 @@ class UniversalState(NamedState):
         return found
 
 
+def write_universal(folder: Path, name: str, parts: dict[str, Tensor], step: float) -> None:
+    """One parameter's full tensors, in the same form."""
+    place = folder / "zero" / name
+    place.mkdir(parents=True)
+    for part, tensor in parts.items():
+        torch.save({"param": tensor}, place / f"{part}.pt")
+    torch.save(torch.tensor(step), place / "step.pt")
+
+
 def is_deepspeed(folder: Path) -> bool:
-    return (folder / TAG).is_dir()
+    return (folder / TAG).is_dir() or is_universal(folder)
 
 
-def universal_folder(folder: Path) -> Path:
+def is_universal(folder: Path) -> bool:
+    return (folder / "zero").is_dir()
+
+
+def scratch_folder(folder: Path) -> Path:
     """Where a DeepSpeed checkpoint's universal form is kept while it is read."""
     return folder.parent.parent / f".{folder.parent.name}.universal"
 
@@ -86,14 +99,14 @@ def make_universal(folder: Path) -> None:
         raise ValueError(
             f"{folder} was written by DeepSpeed, which is needed to read it: pip install 'seedling[deepspeed]', or start over with --resume none"
         ) from None
-    target = universal_folder(folder)
-    shutil.rmtree(target, ignore_errors=True)
+    scratch = scratch_folder(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
     workers = max(1, min(8, (os.cpu_count() or 1) // 2))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         main(
             Namespace(
                 input_folder=str(folder / TAG),
-                output_folder=str(target),
+                output_folder=str(scratch / TAG),
                 num_extract_workers=workers,
                 num_merge_workers=workers,
                 keep_temp_folder=False,

@@ -24,7 +24,15 @@ from model import GPT
 from training import distributed
 from training.config import Config
 from training.distributed import World
-from training.engines.named_state import NamedState, UniversalState, is_deepspeed, make_universal, universal_folder
+from training.engines.named_state import (
+    TAG,
+    NamedState,
+    UniversalState,
+    is_deepspeed,
+    is_universal,
+    make_universal,
+    scratch_folder,
+)
 from training.objectives import Objective
 from training.optimizer import build_optimizers
 
@@ -201,8 +209,8 @@ class SingleEngine:
 
     def adopt(self, folder: Path) -> None:
         """Go on from a checkpoint of another kind of engine, or of another number of DeepSpeed's ranks."""
-        if not is_deepspeed(folder):
-            self.take_over(NamedState(folder))
+        if not is_deepspeed(folder) or is_universal(folder):
+            self.take_over(UniversalState(folder) if is_universal(folder) else NamedState(folder))
             return
         problem = None
         if self.world.rank == 0:
@@ -212,10 +220,10 @@ class SingleEngine:
                 problem = f"{type(error).__name__}: {error}"
         if problem := self.gather(problem)[0]:
             raise ValueError(f"{folder} could not be turned into DeepSpeed's universal form ({problem})")
-        self.take_over(UniversalState(universal_folder(folder)))
+        self.take_over(UniversalState(scratch_folder(folder) / TAG))
         self.barrier()
         if self.world.rank == 0:
-            shutil.rmtree(universal_folder(folder))
+            shutil.rmtree(scratch_folder(folder))
 
     @torch.no_grad()
     def take_over(self, named: NamedState) -> None:
