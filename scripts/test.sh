@@ -9,5 +9,5 @@ source scripts/environment.sh
 ruff check .
 ruff format --check .
 mypy
-# one thread a process: two workers share two cores; tests that share a costly fixture stay together
-OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup "$@"
+# one thread a process: two workers share two cores; a file's tests stay together, since they share costly fixtures
+OMP_NUM_THREADS=1 pytest -n 2 --dist loadscope --no-loadscope-reorder "$@"

@@ -55,9 +55,13 @@ class Saving:
         if first:
             shutil.rmtree(self.part, ignore_errors=True)
         engine.barrier()
+        # a rank that cannot even make the folder must not leave the others waiting for it in the engine's save
+        problem = attempt(lambda: self.part.mkdir(parents=True, exist_ok=True))
+        problem = next(filter(None, engine.gather(problem)), None)
         rng = rng_state()
         started: list[Future | None] = []
-        problem = attempt(lambda: started.append(self.begin(background)))
+        if problem is None:
+            problem = attempt(lambda: started.append(engine.save(self.part / "state", background)))
 
         def write() -> None:
             if problem is not None:
@@ -72,10 +76,6 @@ class Saving:
 
         self.steps: list[Callable[[], None]] = [write, self.hash_my_share]
         self.work = self.pool.submit(attempt, self.steps.pop(0))
-
-    def begin(self, background: bool) -> Future | None:
-        self.part.mkdir(parents=True, exist_ok=True)
-        return self.engine.save(self.part / "state", background)
 
     def hash_my_share(self) -> None:
         """Hash and flush every nth file."""

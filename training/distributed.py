@@ -110,9 +110,8 @@ def start(world: World, device: torch.device, seconds: float = FIRST_CONTACT) ->
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # this store is torchrun's and outlives a restart: what the ranks before wrote there leads to dead processes
             store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-            if (
-                world.size > world.local_size
-            ):  # nodes then count restarts, and remember the store's address, each for itself
+            # on several nodes that is not enough: each counts restarts, and remembers the store's address, for itself
+            if world.size > world.local_size:
                 advice += "; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where nodes may come and go"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
         barrier(device)
@@ -143,9 +142,10 @@ def wait_for_listener(host: str, port: int, seconds: float) -> None:
 
 
 def set_timeout(limit: timedelta) -> None:
-    """How long a collective may wait for another rank, from here on."""
+    """How long a collective may wait for another rank, from here on, in all groups of ranks there are."""
     if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(limit, dist.group.WORLD)
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ class Run:
             )
         if self.first:
             save_config(config, config.run_dir / "config.yaml")
+        distributed.set_timeout(timedelta(seconds=config.comm_timeout))
         with StopSignals() as stop, ThreadPoolExecutor(1) as pool:
             upcoming = pool.submit(self.loader.update, progress.position)
             self.window.start()

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,7 +170,6 @@ def load_data(config: Config, tokenizer: Any, world: World) -> Data:
         raise ValueError(f"{' '.join(config.data_path)}: no row is left to learn from; the table above says why")
     parts = {"training data": train.encoded.fingerprint, "validation data": val.encoded.fingerprint if val else None}
     distributed.check_agreement(parts)
-    distributed.set_timeout(timedelta(seconds=config.comm_timeout))
     return Data(train, val)
 
 

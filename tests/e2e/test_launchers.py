@@ -55,7 +55,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 REDUCTIONS = {"ddp": 1, "fsdp": 3, "zero0": 1, "zero1": 1, "zero2": 3, "zero2 offload": 3, "zero3": 3}
 
 
-@pytest.mark.xdist_group("torchrun")
 @pytest.mark.parametrize("engine", REDUCTIONS)
 def test_ranks_stay_equal_reduce_once_an_update_and_skip_a_bad_one(ranks: dict[str, Any], engine: str) -> None:
     """Two ranks, three accumulated micro-batches."""

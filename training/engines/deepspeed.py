@@ -105,8 +105,13 @@ class DeepSpeedEngine(SingleEngine):
     def weights(self) -> dict[str, Tensor]:
         if self.stage == 0:
             return super().weights()
+        weights = {}
         with torch.no_grad():
-            return {name: safe_get_full_fp32_param(p).cpu() for name, p in self.model.named_parameters()}
+            for name, parameter in self.model.named_parameters():
+                full = safe_get_full_fp32_param(parameter)  # from all ranks
+                if self.world.rank == 0:
+                    weights[name] = full.cpu()
+        return weights
 
     def whole_model(self) -> GPT | None:
         if self.stage < 3:
@@ -186,14 +191,12 @@ class DeepSpeedEngine(SingleEngine):
         if "nvme" in self.form()["offload"]:
             self.save_by_name(folder)
             return None
-        form = folder / "form.json"
-        if self.world.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            form.write_text(json.dumps(self.form()))
         with contextlib.redirect_stdout(io.StringIO()):
             # the marks are what the universal tool asks of a model that is not Megatron's
             marks = {"universal_checkpoint_info": {}, "iteration": 0}
             self.network.save_checkpoint(str(folder), tag=TAG, client_state=marks, save_latest=False)
+        if self.world.rank == 0:
+            (folder / "form.json").write_text(json.dumps(self.form()))
         written = self.network.checkpoint_engine.written()
         if background:
             return written

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,9 @@ class SingleEngine:
     # --- state ---
 
     def weights(self) -> dict[str, Tensor]:
-        """Full float32 weights on the CPU, by Hugging Face name; on rank 0 at least. Every rank must call it."""
+        """Full float32 weights on the CPU, by Hugging Face name; on rank 0 alone. Every rank must call it."""
+        if self.world.rank:
+            return {}
         return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
 
     def whole_model(self) -> GPT | None:
@@ -194,7 +197,8 @@ class SingleEngine:
     def side_group(self) -> dist.ProcessGroup | None:
         """A group of its own for checkpoints in the background, whose messages would else mix with the training's."""
         if dist.is_initialized() and not hasattr(self, "_side_group"):
-            self._side_group = dist.new_group(backend="gloo")
+            limit = timedelta(seconds=self.config.comm_timeout)
+            self._side_group = dist.new_group(backend="gloo", timeout=limit)
         return getattr(self, "_side_group", None)
 
     def load(self, folder: Path) -> None:

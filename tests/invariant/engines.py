@@ -1,0 +1,44 @@
+"""What the tests of engines share: one process's runs, the same runs spread, and their comparison."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.helpers import losses, stage_flags, train_here, train_many, train_start
+
+STAGES = ("pretrain", "full_sft", "dpo")
+STEPS = 12
+
+
+def train_alone(folder: Path) -> None:
+    """Data, a model of the two stages before, and what one process makes of eight rows an update."""
+    train_start(folder)
+    for stage in STAGES:
+        train_here(stage, *flags_of(folder, stage, "single", "--batch_size", 8))
+
+
+def flags_of(base: Path, stage: str, name: str, *flags: object) -> list:
+    steps = ["--max_steps", STEPS, "--learning_rate", 3e-4, "--save_interval", 5]
+    return [*stage_flags(base, stage, base / name), *steps, *flags]
+
+
+def train_all(base: Path, engines: dict[str, list[str]], ranks: int, **how: object) -> None:
+    """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four."""
+    split = ["--batch_size", 4 // ranks, "--accumulation_steps", 2]
+    runs = [
+        (stage, flags_of(base, stage, f"{name} x{ranks}", *split, *flags))
+        for name, flags in engines.items()
+        for stage in STAGES
+    ]
+    train_many(base, runs, ranks, **how)
+
+
+def same_as_alone(base: Path, name: str, stage: str) -> None:
+    alone, spread = losses(base / "single", stage), losses(base / name, stage)
+    assert len(alone) == STEPS and alone[STEPS] < alone[1]
+    assert spread == pytest.approx(alone, rel=1e-5)
+    weights = [load_file(base / folder / f"{stage}_32" / "model.safetensors") for folder in ("single", name)]
+    assert weights[0].keys() == weights[1].keys()
+    for key, tensor in weights[0].items():
+        assert (weights[1][key] - tensor).abs().max() < 1e-5, key

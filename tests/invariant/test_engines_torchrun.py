@@ -1,0 +1,35 @@
+"""DDP and FSDP2 learn in every stage what one process learns: the same losses and the same exported weights."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.invariant.engines import STAGES, same_as_alone, train_all, train_alone
+
+TORCHRUN = {
+    "ddp": ["--engine", "ddp"],
+    "fsdp": ["--engine", "fsdp"],
+    "fsdp, offload, checkpointing, async": ["--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save"],
+}  # fmt: skip
+FOUR = {"ddp": ["--engine", "ddp"], "fsdp, a copy a node": ["--engine", "fsdp", "--hsdp"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
+    train_alone(folder)
+    train_all(folder, TORCHRUN, ranks=2)
+    train_all(folder, FOUR, ranks=4, nodes=2)
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", TORCHRUN)
+def test_two_ranks(base: Path, engine: str, stage: str) -> None:
+    same_as_alone(base, f"{engine} x2", stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", FOUR)
+def test_four_ranks_on_two_nodes(base: Path, engine: str, stage: str) -> None:
+    same_as_alone(base, f"{engine} x4", stage)
