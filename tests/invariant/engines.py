@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers import losses, stage_flags, train_here, train_many, train_start
+from tests.helpers import losses, metrics, stage_flags, train_here, train_many, train_start
 
 STAGES = ("pretrain", "full_sft", "dpo")
 STEPS = 12
@@ -19,7 +19,19 @@ def train_alone(folder: Path) -> None:
 
 
 def flags_of(base: Path, stage: str, name: str, *flags: object) -> list:
-    steps = ["--max_steps", STEPS, "--learning_rate", 3e-4, "--save_interval", 5]
+    # validation rows are fewer than ranks, and only rank 0 writes samples: neither may leave a rank behind
+    steps = [
+        "--max_steps",
+        STEPS,
+        "--learning_rate",
+        3e-4,
+        "--save_interval",
+        5,
+        "--eval_interval",
+        4,
+        "--sample_interval",
+        6,
+    ]
     return [*stage_flags(base, stage, base / name), *steps, *flags]
 
 
@@ -38,6 +50,8 @@ def same_as_alone(base: Path, name: str, stage: str) -> None:
     alone, spread = losses(base / "single", stage), losses(base / name, stage)
     assert len(alone) == STEPS and alone[STEPS] < alone[1]
     assert spread == pytest.approx(alone, rel=1e-5)
+    val = [[r["val_loss"] for r in metrics(base / folder, stage) if "val_loss" in r] for folder in ("single", name)]
+    assert len(val[0]) == STEPS // 4 and val[1] == pytest.approx(val[0], rel=1e-5)
     weights = [load_file(base / folder / f"{stage}_32" / "model.safetensors") for folder in ("single", name)]
     assert weights[0].keys() == weights[1].keys()
     for key, tensor in weights[0].items():

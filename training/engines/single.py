@@ -6,8 +6,7 @@ same gradient, whatever the number of supervised tokens in each.
 
 import contextlib
 import shutil
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -188,10 +187,11 @@ class SingleEngine:
 
     def save(self, folder: Path, background: bool) -> Future | None:
         """Write the state from all ranks side by side. In the background: a copy is taken now, the Future ends with the write."""
-        with quiet_checkpoint():
-            if background:
-                return dcp.async_save(self.state(), checkpoint_id=folder, process_group=self.side_group())  # type: ignore[return-value]
-            dcp.save(self.state(), checkpoint_id=folder)
+        alone = not dist.is_initialized()
+        if background:
+            group = self.side_group()
+            return dcp.async_save(self.state(), checkpoint_id=folder, process_group=group, no_dist=alone)  # type: ignore[return-value]
+        dcp.save(self.state(), checkpoint_id=folder, no_dist=alone)
         return None
 
     def side_group(self) -> dist.ProcessGroup | None:
@@ -207,8 +207,7 @@ class SingleEngine:
             self.adopt(folder)
             return
         state = self.state()
-        with quiet_checkpoint():
-            dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
         self.set_state(state)
 
     def adopt(self, folder: Path) -> None:
@@ -268,11 +267,3 @@ def fill(model: GPT, weights: Weights) -> None:
         parameter = parameters.pop(name)
         parameter.copy_(like(parameter, tensor))
     assert not parameters, f"no weights for {list(parameters)}"
-
-
-@contextlib.contextmanager
-def quiet_checkpoint() -> Iterator[None]:
-    """torch warns that one process saves alone; that is what is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-        yield
