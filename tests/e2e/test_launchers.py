@@ -17,6 +17,27 @@ def flags_of(folder: Path, out: Path) -> list[str]:
     return [str(flag) for flag in [*flags, "--batch_size", 2, "--log_interval", 1, *TINY]]
 
 
+def test_the_deepspeed_launcher_starts_the_script_under_zero_2(tmp_path: Path) -> None:
+    """Without a word about the engine; the --local_rank that the launcher adds is accepted."""
+    flags = flags_of(tmp_path, tmp_path / "launched")
+    launched(ROOT / "train_pretrain.py", *flags, deepspeed=True)
+    checkpoint = tmp_path / "launched" / "pretrain_32" / "checkpoints" / "step_000004" / "state"
+    assert json.loads((checkpoint / "form.json").read_text())["stage"] == 2
+    assert len(list(checkpoint.glob("deepspeed/*_optim_states.pt"))) == 2  # each rank's part
+    train_here("pretrain", *flags, "--out_dir", tmp_path / "alone", "--accumulation_steps", 2)
+    assert losses(tmp_path / "launched", "pretrain") == pytest.approx(losses(tmp_path / "alone", "pretrain"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "engine", [["fsdp"], ["deepspeed", "--zero_stage", "3", "--offload", "cpu"]], ids=lambda e: e[0]
+)
+def test_a_sharded_engine_needs_no_launcher(tmp_path: Path, engine: list[str]) -> None:
+    flags = flags_of(tmp_path, tmp_path / "out")
+    run("pretrain", *flags, "--engine", *engine)
+    train_here("pretrain", *flags, "--out_dir", tmp_path / "alone")
+    assert losses(tmp_path / "out", "pretrain") == pytest.approx(losses(tmp_path / "alone", "pretrain"), rel=1e-5)
+
+
 def test_ranks_started_with_different_settings_are_told_so(tmp_path: Path) -> None:
     """Two processes by hand, as two nodes would be, one with another batch size."""
     flags = flags_of(tmp_path, tmp_path / "out")

@@ -6,6 +6,7 @@ same gradient, whatever the number of supervised tokens in each.
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -35,6 +36,9 @@ from training.engines.named_state import (
 )
 from training.objectives import Objective
 from training.optimizer import build_optimizers
+
+# one process that saves alone is what is meant; said once and for all, since background threads save as well
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]  # name and full float32 tensor of every parameter, at every call
 
