@@ -208,11 +208,17 @@ class DeepSpeedEngine(SingleEngine):
         """State that lives on a disk, parameter by parameter, the ranks taking turns to write: DeepSpeed's own files of
         it do not come back as they were."""
         step = float(self.optimizers[0].state[self.pieces()[0][0]]["step"])
+        problem: OSError | None = None
         for i, (name, parameter) in enumerate(self.model.named_parameters()):
             parts = {"fp32": safe_get_full_fp32_param(parameter)}
             parts |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-            if i % self.world.size == self.world.rank:
-                write_universal(folder, name, {part: tensor.cpu() for part, tensor in parts.items()}, step)
+            if i % self.world.size == self.world.rank and problem is None:
+                try:
+                    write_universal(folder, name, {part: tensor.cpu() for part, tensor in parts.items()}, step)
+                except OSError as error:  # a full disk; told at the end, since the other ranks gather on
+                    problem = error
+        if problem is not None:
+            raise problem
 
     def form(self) -> dict[str, Any]:
         """What must be equal for DeepSpeed to read its own files as they are."""
