@@ -149,6 +149,11 @@ def supervise(tokens: torch.Tensor, spans: np.ndarray) -> torch.Tensor:
     return labels
 
 
+def micro_batches(rows_per_update: int, rows_together: int) -> int:
+    """Micro-batches an update takes where all ranks together have `rows_together` rows in each; the last may be padded."""
+    return -(-rows_per_update // rows_together)
+
+
 @dataclass
 class Loader:
     """Slices the global row order for one rank.
@@ -170,7 +175,7 @@ class Loader:
     def __post_init__(self) -> None:
         together = self.batch_size * self.world_size
         if self.rows_per_update:
-            self.accumulation_steps = -(-self.rows_per_update // together)
+            self.accumulation_steps = micro_batches(self.rows_per_update, together)
         else:
             self.rows_per_update = together * self.accumulation_steps
         self.order = lru_cache(maxsize=2)(self.order)  # type: ignore[method-assign]

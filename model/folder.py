@@ -9,7 +9,7 @@ Weights are read from safetensors only (a pickle can run code), and every key mu
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,19 @@ def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtyp
     exactly those of config.json.
     """
     config = load_config(folder)
+    return assemble(config, folder_weights(folder, config), device, dtype)
+
+
+def assemble(
+    config: GPTConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> GPT:
+    """A model of these full tensors, by parameter name, in eval mode."""
     with torch.device("meta"):
         model = GPT(config)
-    weights = {name: tensor.to(device, dtype) for name, tensor in folder_weights(folder, config)}
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()

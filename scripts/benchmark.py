@@ -50,17 +50,18 @@ def main(config: Config) -> None:
     data = load_data(config, tokenizer, machine.world)
     objective: Objective = DPO(config.beta) if isinstance(config, DPOConfig) else NextToken()
     engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
-    rows_per_update = config.batch_size * config.accumulation_steps * machine.world.size
     loader = Loader(
-        data.train, config.batch_size, config.accumulation_steps, machine.world.rank, machine.world.size, config.seed
-    )
+        data.train, config.batch_size, config.accumulation_steps, machine.world.rank, machine.world.size, config.seed,
+        rows_per_update=config.global_batch_size,
+    )  # fmt: skip
+    last_start = max(1, len(data.train) - loader.rows_per_update + 1)
     steps = config.max_steps or 5
     tokens = weight = 0.0
     for step in range(steps + 1):
         if step == 1:
             wait(engine.device)
             began, tokens, weight = time.perf_counter(), 0.0, 0.0
-        batches = loader.update(step * rows_per_update % max(1, len(data.train) - rows_per_update + 1))
+        batches = loader.update(step * loader.rows_per_update % last_start)
         _, update_weight = engine.forward_backward(batches, objective)
         engine.step(config.learning_rate)
         tokens += sum(batch.real_tokens for batch in batches) * machine.world.size

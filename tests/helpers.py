@@ -73,19 +73,16 @@ def environment(**extra: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | quiet | extra
 
 
-def command(stage: str, *flags: Any, ranks: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    return [*launcher, str(ROOT / SCRIPT[stage]), *map(str, flags)]
+def command(stage: str, *flags: Any) -> list[str]:
+    return [sys.executable, str(ROOT / SCRIPT[stage]), *map(str, flags)]
 
 
 def run(
-    stage: str, *flags: Any, ranks: int = 1, check: bool = True, timeout: float = 300, **env: str
+    stage: str, *flags: Any, check: bool = True, timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run one entry script in a process of its own (several under torchrun); a failure shows all it printed."""
+    """Run one entry script in a process of its own; a failure shows all it printed."""
     done = subprocess.run(
-        command(stage, *flags, ranks=ranks),
+        command(stage, *flags),
         cwd=ROOT,
         env=environment(**env),
         capture_output=True,

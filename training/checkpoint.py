@@ -57,15 +57,13 @@ class Saving:
         engine.barrier()
         # a rank that cannot even make the folder must not leave the others waiting for it in the engine's save
         problem = attempt(lambda: self.part.mkdir(parents=True, exist_ok=True))
-        problem = next(filter(None, engine.gather(problem)), None)
+        problem = first_of_all(engine, problem)
         rng = rng_state()
         started: list[Future | None] = []
         if problem is None:
             problem = attempt(lambda: started.append(engine.save(self.part / "state", background)))
 
         def write() -> None:
-            if problem is not None:
-                raise Known(problem)
             if started[0] is not None:
                 started[0].result()
             torch.save(rng, self.part / f"rng_{engine.world.rank}.pt")
@@ -75,7 +73,9 @@ class Saving:
                 also()
 
         self.steps: list[Callable[[], None]] = [write, self.hash_my_share]
-        self.work = self.pool.submit(attempt, self.steps.pop(0))
+        self.work = (
+            self.pool.submit(attempt, self.steps.pop(0)) if problem is None else self.pool.submit(lambda: problem)
+        )
 
     def hash_my_share(self) -> None:
         """Hash and flush every nth file."""
@@ -95,7 +95,7 @@ class Saving:
 
         After a failure nothing is left of the new checkpoint and the earlier ones stand.
         """
-        self.problem = next(filter(None, self.engine.gather(self.work.result())), None)
+        self.problem = first_of_all(self.engine, self.work.result())
         if self.problem is None and self.steps:
             self.work = self.pool.submit(attempt, self.steps.pop(0))
             return False
@@ -116,24 +116,15 @@ class Saving:
         return True
 
 
-def save(engine: SingleEngine, folder: Path, run: dict[str, Any], keep_last: int) -> str | None:
-    """Write folder (checkpoints/step_N) from all ranks. Returns None, or why it could not be written, on every rank."""
-    saving = Saving(engine, folder, run, keep_last)
-    while not saving.published():
-        pass
-    return saving.problem
-
-
-class Known(Exception):
-    """A problem that is already put into words."""
+def first_of_all(engine: SingleEngine, problem: str | None) -> str | None:
+    """The problem of the first rank that has one, on every rank."""
+    return next(filter(None, engine.gather(problem)), None)
 
 
 def attempt(write: Callable[[], None]) -> str | None:
     """What went wrong in one line, None where nothing did."""
     try:
         write()
-    except Known as error:
-        return str(error)
     except (Exception, CheckpointException) as error:
         reason = f"{type(error).__name__}: {error}"
         # torch's zip writer reports a full disk as a position it did not reach

@@ -25,7 +25,7 @@ from dataset import Loader, render_chat
 from dataset.batch import Batch
 from dataset.encode import start_document
 from dataset.loader import Rows
-from model import generate, save_pretrained
+from model import GPT, generate, save_pretrained
 from training import checkpoint, distributed
 from training.config import Config, save_config
 from training.engines import SingleEngine
@@ -376,12 +376,10 @@ class Run:
             return None
         if background:
             weights = {name: tensor.clone() for name, tensor in weights.items()}
-        return partial(
-            export_model, self.engine.model.config, weights, self.tokenizer, self.config.run_dir, self.engine.model
-        )
+        return partial(export_model, self.engine.model, weights, self.tokenizer, self.config.run_dir)
 
 
-def export_model(config: Any, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path, model: Any) -> None:
+def export_model(model: GPT, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
     tokens = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": list(tokenizer.stop_ids),

@@ -12,7 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import command, environment, losses, metrics, run, stage_flags, train_here, train_start
+from tests.helpers import (
+    ROOT,
+    command,
+    environment,
+    launched,
+    losses,
+    metrics,
+    run,
+    stage_flags,
+    train_here,
+    train_start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +67,7 @@ def test_another_number_of_ranks_sees_every_row_once(base: Path, tmp_path: Path)
     mixed = [*flags_of(base, "pretrain", tmp_path / "mixed"), *flat]
     train_here("pretrain", *whole, "--accumulation_steps", 2, "--max_steps", 15)
     train_here("pretrain", *mixed, "--accumulation_steps", 2, "--max_steps", 5)
-    run("pretrain", *mixed, "--accumulation_steps", 1, "--max_steps", 10, ranks=2)
+    launched(ROOT / "train_pretrain.py", *mixed, "--accumulation_steps", 1, "--max_steps", 10)
     train_here("pretrain", *mixed, "--accumulation_steps", 2, "--max_steps", 15)
     assert losses(tmp_path / "mixed", "pretrain") == pytest.approx(losses(tmp_path / "whole", "pretrain"), rel=1e-5)
     tokens = [[record["tokens"] for record in metrics(tmp_path / name, "pretrain")] for name in ("mixed", "whole")]

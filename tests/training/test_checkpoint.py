@@ -30,9 +30,16 @@ def train(engine: SingleEngine, updates: int = 2) -> None:
         engine.step(1e-2)
 
 
+def write(engine: SingleEngine, folder, run, keep_last: int) -> str | None:
+    saving = checkpoint.Saving(engine, folder, run, keep_last)
+    while not saving.published():
+        pass
+    return saving.problem
+
+
 def save(engine: SingleEngine, checkpoints, *steps: int, keep_last: int = 9) -> None:
     for step in steps:
-        assert checkpoint.save(engine, checkpoints / f"step_{step:06d}", RUN, keep_last) is None
+        assert write(engine, checkpoints / f"step_{step:06d}", RUN, keep_last) is None
 
 
 def names(checkpoints) -> list[str]:
@@ -167,7 +174,7 @@ def test_saving_a_step_again_replaces_it(make_engine, tmp_path):
 def test_a_checkpoint_that_cannot_be_written_costs_no_other(make_engine, tmp_path):
     engine = make_engine()
     save(engine, tmp_path, 100)
-    problem = checkpoint.save(engine, tmp_path / "step_000200", {"not JSON": object()}, keep_last=1)
+    problem = write(engine, tmp_path / "step_000200", {"not JSON": object()}, keep_last=1)
     assert problem is not None and "not JSON serializable" in problem
     assert names(tmp_path) == ["step_000100"]
     assert checkpoint.find("auto", tmp_path, print) == tmp_path / "step_000100"

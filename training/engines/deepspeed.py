@@ -32,8 +32,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from model import GPT
-from training.engines.deepspeed_config import deepspeed_settings
-from training.engines.fsdp import assemble
+from training.engines.deepspeed_config import deepspeed_settings, offload_device
 from training.engines.named_state import MOMENTS, TAG, NamedState, write_universal
 from training.engines.single import SingleEngine, Weights
 from training.optimizer import build_optimizers
@@ -114,10 +113,7 @@ class DeepSpeedEngine(SingleEngine):
         return weights
 
     def whole_model(self) -> GPT | None:
-        if self.stage < 3:
-            return self.model
-        weights = self.weights()
-        return assemble(self.model, weights, self.device) if self.world.rank == 0 else None
+        return self.model if self.stage < 3 else self.gathered_model()
 
     @torch.no_grad()
     def set_by_name(self, source: Callable[[], Iterable[tuple[str, dict[str, Tensor]]]], step: float) -> None:
@@ -223,7 +219,7 @@ class DeepSpeedEngine(SingleEngine):
     def form(self) -> dict[str, Any]:
         """What must be equal for DeepSpeed to read its own files as they are."""
         zero = self.settings["zero_optimization"]
-        devices = [(zero.get(name) or {}).get("device", "none") for name in ("offload_optimizer", "offload_param")]
+        devices = [offload_device(zero, name) for name in ("offload_optimizer", "offload_param")]
         return {"ranks": self.world.size, "stage": self.stage, "dtype": str(self.dtype), "offload": devices}
 
     def load(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dataset.loader import micro_batches
 from training.config import Config
 
 BUCKET = 50_000_000  # elements sent at a time; DeepSpeed's own 500 million would be larger than a small model
@@ -36,7 +37,7 @@ def deepspeed_settings(config: Config, dtype: torch.dtype, world_size: int) -> d
             f"--optimizer {config.optimizer} needs whole matrices, which DeepSpeed's partitions are not; use --engine ddp or fsdp, or --optimizer adamw"
         )
     rows = config.batch_size * world_size
-    steps = -(-config.global_batch_size // rows) if config.global_batch_size else config.accumulation_steps
+    steps = micro_batches(config.global_batch_size, rows) if config.global_batch_size else config.accumulation_steps
     ours: dict[str, tuple[str, Any]] = {
         "train_micro_batch_size_per_gpu": ("--batch_size", config.batch_size),
         "gradient_accumulation_steps": ("--accumulation_steps", steps),
@@ -87,11 +88,16 @@ def agreed(
     return ours
 
 
+def offload_device(zero: dict[str, Any], section: str) -> str:
+    """Where offload_optimizer or offload_param of a ZeRO section puts its state: none, cpu or nvme."""
+    return (zero.get(section) or {}).get("device", "none")
+
+
 def offloaded(zero: dict[str, Any], config: Config) -> dict[str, Any]:
     """The ZeRO section with --offload in it."""
     sections = ["offload_optimizer"] + (["offload_param"] if zero["stage"] == 3 else [])
-    devices = {(zero.get(name) or {}).get("device", "none") for name in sections}
-    in_file = (devices - {"none"} or {None}).pop()
+    devices = (offload_device(zero, name) for name in sections)
+    in_file = next((device for device in devices if device != "none"), None)
     device = agreed(
         config.deepspeed_config, "zero_optimization.offload_optimizer.device", in_file, "--offload", config.offload
     )
@@ -106,6 +112,6 @@ def offloaded(zero: dict[str, Any], config: Config) -> dict[str, Any]:
                 zero[name] = {"device": device} | (zero.get(name) or {})
     folder = config.offload_dir or str(config.run_dir / "offload")
     for name in sections:
-        if (zero.get(name) or {}).get("device") == "nvme" and zero[name].get("nvme_path") in (None, "auto"):
+        if offload_device(zero, name) == "nvme" and zero[name].get("nvme_path") in (None, "auto"):
             zero[name] = zero[name] | {"nvme_path": folder}
     return zero

@@ -65,13 +65,4 @@ class FSDPEngine(SingleEngine):
         return get_model_state_dict(self.model, options=options)  # type: ignore[return-value]
 
     def whole_model(self) -> GPT | None:
-        weights = self.weights()
-        return assemble(self.model, weights, self.device) if self.world.rank == 0 else None
-
-
-def assemble(model: GPT, weights: dict[str, Tensor], device: torch.device) -> GPT:
-    """A plain model of full weights."""
-    with torch.device("meta"):
-        whole = GPT(model.config)
-    whole.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
-    return whole.eval()
+        return self.gathered_model()

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dataset.batch import Batch
 from model import GPT
+from model.folder import assemble
 from training import distributed
 from training.config import Config
 from training.distributed import World
@@ -183,6 +184,11 @@ class SingleEngine:
     def whole_model(self) -> GPT | None:
         """A model to generate with, on rank 0 at least. Every rank must call it."""
         return self.model
+
+    def gathered_model(self) -> GPT | None:
+        """A plain copy of a sharded model, on rank 0 alone. Every rank must call it."""
+        weights = self.weights()
+        return assemble(self.model.config, weights.items(), self.device) if self.world.rank == 0 else None
 
     def state(self) -> dict[str, Any]:
         """Full-precision weights, optimizer state and scaler, by parameter name; each rank its part."""
