@@ -5,34 +5,32 @@ python eval_model.py --model_mode 1 --n_layers 16 --dim 768        0 pretrain, 1
 python eval_model.py --model FOLDER --prompt "Who are you?"        one answer of any Llama- or Qwen3-family folder
 python eval_model.py --score val.jsonl pairs.jsonl --json          loss, bits per byte, exact match, preferences
 
-Answers go to stdout, everything else to stderr, so `echo "Hi" | python eval_model.py > answers.txt` holds answers alone.
+Answers go to stdout, everything else to stderr, so `echo "Hi" | python eval_model.py > answers.txt` holds answers \
+alone.
 Tool calls that a model writes are shown; nothing here runs them.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import re
 import sys
 import typing
-from collections.abc import Generator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from dataset import load_tokenizer, render_chat
-from dataset.encode import start_document
-from dataset.records import SCRIPT, STAGES
-from dataset.tokenizer import HFTokenizer
-from model import GPT, GPTConfig, load_config, load_pretrained, stream
+from dataset import TextTokenizer, load_tokenizer
+from evaluation import Result, score_file
+from model import GPT, GPTConfig, load_config, load_pretrained
 from model.generate import check_arguments
+from serving import ContextFull, Notice, Sampling, Session
 from training.config import SHAPE_FLAGS, Config, Parser, convert, unknown_name
 from training.distributed import World, pick_device, pick_dtype
-from training.scoring import Result, score_file
+from training.objectives import STAGES
 
 FOLDER_FLAGS = (*SHAPE_FLAGS, "max_seq_len")  # must agree with the folder's config.json where they are given
 
@@ -47,7 +45,7 @@ HELP = """\
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on stderr for what the user did wrong."""
     for output in (sys.stdout, sys.stderr):
-        output.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+        speak_utf8(output)
     try:
         run(parse_arguments(argv))
     except (ValueError, OSError) as error:
@@ -56,6 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def speak_utf8(stream: typing.TextIO, errors: str | None = "replace") -> None:
+    """Whatever the locale says; a stream that someone put in place of the process's own is left as it is."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -79,17 +83,14 @@ def run(arguments: argparse.Namespace) -> None:
         score(model, tokenizer, reference, arguments)
         return
     check_arguments(model, [[0]], **sampling(arguments))
-    no_chat = folder.name.startswith("pretrain_") or (
-        isinstance(tokenizer, HFTokenizer) and tokenizer.hf.chat_template is None
-    )
-    raw = arguments.raw or no_chat
-    session = Session(model, tokenizer, sampling(arguments), arguments.seed, arguments.system, raw)
+    raw = arguments.raw or folder.name.startswith("pretrain_") or not tokenizer.has_chat_template
+    session = Session(model, tokenizer, sampling(arguments), arguments.seed, arguments.system, raw, notice=tell)
     if arguments.prompt is not None:
         show(session, arguments.prompt)
     elif sys.stdin.isatty():
         talk(session)
     else:
-        sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        speak_utf8(sys.stdin, errors=None)
         for line in sys.stdin:
             if line.strip():
                 show(session, line.rstrip("\r\n"))
@@ -145,7 +146,7 @@ def find_folder(arguments: argparse.Namespace) -> Path:
     """The model folder that the flags mean. Raises FileNotFoundError with what to run or to give."""
     if arguments.model:
         return Path(arguments.model)
-    out_dir, stage = Path(arguments.out_dir), STAGES[arguments.model_mode]
+    out_dir, stage = Path(arguments.out_dir), list(STAGES)[arguments.model_mode]
     trained = {p.parent for p in out_dir.glob("*/model.safetensors") if re.fullmatch(r"[a-z_]+_\d+", p.parent.name)}
     wanted = out_dir / f"{stage}_{arguments.dim or '*'}"
     found = sorted(
@@ -156,8 +157,9 @@ def find_folder(arguments: argparse.Namespace) -> Path:
     there = ", ".join(sorted(p.name for p in trained)) or "none"
     dim = f" --dim {arguments.dim}" if arguments.dim else ""
     raise FileNotFoundError(
-        f"{wanted}/model.safetensors is not there (models in {out_dir}: {there}): run `python {SCRIPT[stage]}{dim}` first, "
-        "or give another --model_mode (0 pretrain, 1 full_sft, 2 dpo), --dim or --out_dir, or --model FOLDER"
+        f"{wanted}/model.safetensors is not there (models in {out_dir}: {there}): run "
+        f"`python {STAGES[stage].script}{dim}` first, or give another --model_mode (0 pretrain, 1 full_sft, 2 dpo), "
+        "--dim or --out_dir, or --model FOLDER"
     )
 
 
@@ -171,105 +173,17 @@ def check_shape(arguments: argparse.Namespace, config: GPTConfig, folder: Path) 
             )
 
 
-def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-    return {name: getattr(arguments, name) for name in names}
+def sampling(arguments: argparse.Namespace) -> Sampling:
+    return {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "repetition_penalty": arguments.repetition_penalty,
+    }
 
 
 # Talking --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Session:
-    """One conversation; or, with `raw`, texts continued one by one."""
-
-    model: GPT
-    tokenizer: Any
-    settings: dict[str, Any]
-    seed: int | None = None
-    system: str | None = None
-    raw: bool = False
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    forgotten: int = 0  # messages at the beginning that the context has no room for any more
-    answers: int = 0
-
-    def conversation(self, start: int = 0) -> list[dict[str, Any]]:
-        """The messages from `start` on, after the system prompt."""
-        return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages[start:]
-
-    def answer(self, text: str) -> Generator[str, None, None]:
-        """Yield the answer to `text` piece by piece. What came is kept, also when it is stopped halfway.
-
-        Raises ValueError for a text that leaves no room for an answer; it is then no part of the conversation.
-        """
-        prompt, start = self.prompt(text)
-        if start > self.forgotten:
-            say(f"[context full: the {start - self.forgotten} oldest messages are left out from here on]")
-            self.forgotten = start
-        ids: list[int] = []
-        try:
-            yield from self.generate(prompt, ids)
-        finally:
-            if not self.raw:
-                answer = parse_answer(self.tokenizer.decode(ids, skip_control=False))
-                self.messages += [{"role": "user", "content": text}, answer]
-
-    def prompt(self, text: str) -> tuple[list[int], int]:
-        """Prompt ids for a new message, and the first message they hold: the oldest are left out where there is no room."""
-        if self.raw:
-            return start_document(self.tokenizer, self.tokenizer.encode(text)), 0
-        context = self.model.config.max_seq_len
-        reserve = min(self.settings["max_new_tokens"], context // 4)  # tokens kept free for the answer
-        for start in range(self.forgotten, len(self.messages) + 1, 2):
-            messages = [*self.conversation(start), {"role": "user", "content": text}]
-            ids = render_chat(self.tokenizer, messages, add_generation_prompt=True).ids
-            if len(ids) + reserve <= context:
-                break
-        if len(ids) >= context:
-            raise ValueError(
-                f"this message and the system prompt are {len(ids)} tokens; the context is {context}: shorten them"
-            )
-        return ids, start
-
-    def generate(self, prompt: list[int], ids: list[int]) -> Generator[str, None, None]:
-        """Yield text as it is generated, its tokens going into `ids`; say where the length cut it."""
-        seed = None if self.seed is None else self.seed + self.answers
-        self.answers += 1
-        decoder = self.tokenizer.stream_decoder(skip_control=False)
-        stop_ids = self.tokenizer.stop_ids
-        for (token,) in stream(self.model, [prompt], stop_ids=stop_ids, seed=seed, **self.settings):
-            assert token is not None
-            if token in stop_ids:
-                yield decoder.flush()
-                return
-            ids.append(token)
-            yield decoder.push(token)
-        yield decoder.flush()
-        limit = self.settings["max_new_tokens"]
-        why = (
-            f"--max_new_tokens {limit}"
-            if len(ids) >= limit
-            else f"context of {self.model.config.max_seq_len} tokens full"
-        )
-        say(f"\n[cut: {why}]")
-
-
-def parse_answer(text: str) -> dict[str, Any]:
-    """An answer's text with its control tokens' names -> message, so that it is rendered again as it was written.
-
-    "<think>2+2</think>4" -> {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
-    """
-    message: dict[str, Any] = {"role": "assistant"}
-    if thought := re.match(r"\s*<think>(.*?)</think>", text, re.DOTALL):
-        message["reasoning_content"], text = thought[1], text[thought.end() :]
-    form = r"<tool_call>(.*?)</tool_call>"
-    try:
-        calls = [json.loads(call) for call in re.findall(form, text, re.DOTALL)]
-    except ValueError:  # not a call that could be rendered: it stays in the text
-        calls = []
-    if calls and all(isinstance(call, dict) for call in calls):
-        message["tool_calls"], text = calls, re.sub(form, "", text, flags=re.DOTALL)
-    return message | {"content": text}
 
 
 def show(session: Session, text: str) -> None:
@@ -282,6 +196,16 @@ def show(session: Session, text: str) -> None:
 def say(text: str) -> None:
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
+
+
+def tell(notice: Notice) -> None:
+    """What a session has to say beside its answers, in words."""
+    if isinstance(notice, ContextFull):
+        say(f"[context full: the {notice.left_out} oldest messages are left out from here on]")
+    elif notice.limit == "max_new_tokens":
+        say(f"\n[cut: --max_new_tokens {notice.tokens}]")
+    else:
+        say(f"\n[cut: context of {notice.tokens} tokens full]")
 
 
 def talk(session: Session) -> None:
@@ -338,7 +262,7 @@ def command(session: Session, line: str) -> None:
 # Scoring --------------------------------------------------------------------------------------------------------
 
 
-def score(model: GPT, tokenizer: Any, reference: GPT | None, arguments: argparse.Namespace) -> None:
+def score(model: GPT, tokenizer: TextTokenizer, reference: GPT | None, arguments: argparse.Namespace) -> None:
     """Print what was measured on each file."""
     results = []
     for path in arguments.score:
@@ -364,7 +288,7 @@ def print_table(results: list[Result]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{count:,} {reason}" for reason, count in value.items()) or "0"
     if isinstance(value, float):

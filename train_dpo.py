@@ -5,32 +5,33 @@ torchrun --nproc_per_node 2 train_dpo.py --n_layers 16 --dim 768 --batch_size 4 
 """
 
 from training import DPO, DPOConfig, build_engine, train
-from training.setup import fill_reference, load_data, run_identity, run_stage, start_machine, starting_model
+from training.reference import fill_reference
+from training.setup import load_data, run_identity, run_stage, start_machine, starting_model
 
 
-def main(config: DPOConfig) -> None:
+def main(asked: DPOConfig) -> None:
     # 1. Processes, device, precision
-    machine = start_machine(config)
+    machine = start_machine(asked)
 
     # 2. Tokenizer and model: those of the fine-tuned folder
-    model, weights, tokenizer, config = starting_model(config)
+    start = starting_model(asked)
 
     # 3. Data: pairs with one shared prompt, packed whole
-    data = load_data(config, tokenizer, machine.world)
+    data = load_data(start, machine)
 
     # 4. What is optimised: the margin between the answers, measured from where the model starts
-    objective = DPO(config.beta)
+    objective = DPO(asked.beta, asked.loss_type)
 
     # 5. How it is spread
-    identity = run_identity(config, weights, data)
-    engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
+    identity = run_identity(start, data)
+    engine = build_engine(start.model, start.config, machine, start.weights)
 
     # 6. The reference: the starting model's own log-probabilities, computed once and cached
-    for rows in (data.train, data.val):
-        fill_reference(rows, engine, config, identity["init_from"])
+    for rows in data.rows:
+        fill_reference(rows, engine, start.config, identity["init_from"])
 
     # 7. Train, and leave a Hugging Face model folder
-    train(engine, objective, data, tokenizer, config, identity)
+    train(engine, objective, data.train, data.val, start, identity)
 
 
 if __name__ == "__main__":

@@ -10,25 +10,25 @@ from training import NextToken, PretrainConfig, build_engine, train
 from training.setup import load_data, run_identity, run_stage, start_machine, starting_model
 
 
-def main(config: PretrainConfig) -> None:
+def main(asked: PretrainConfig) -> None:
     # 1. Processes, device, precision
-    machine = start_machine(config)
+    machine = start_machine(asked)
 
     # 2. Tokenizer and model: random weights, the same for one seed whatever the number of processes
-    model, weights, tokenizer, config = starting_model(config)
+    start = starting_model(asked)
 
     # 3. Data: tokenized once, packed into rows of max_seq_len
-    data = load_data(config, tokenizer, machine.world)
+    data = load_data(start, machine)
 
     # 4. What is optimised: the next token
-    objective = NextToken(torch.from_numpy(tokenizer.token_bytes))
+    objective = NextToken(torch.from_numpy(start.tokenizer.token_bytes))
 
     # 5. How it is spread
-    identity = run_identity(config, weights, data)
-    engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
+    identity = run_identity(start, data)
+    engine = build_engine(start.model, start.config, machine, start.weights)
 
     # 6. Train, and leave a Hugging Face model folder
-    train(engine, objective, data, tokenizer, config, identity)
+    train(engine, objective, data.train, data.val, start, identity)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,32 @@
 """JSONL files to tokens to packed batches; the tokenizer and the sample data live here. Knows nothing of training."""
 
 from dataset.batch import Batch, PairBatch
-from dataset.chat import Rendered, render_chat
-from dataset.loader import Loader, build_dpo_loader, build_pretrain_loader, build_rows, build_sft_loader
+from dataset.chat import Message, Rendered, parse_answer, render_chat
+from dataset.encode import build_dpo_loader, build_pretrain_loader, build_rows, build_sft_loader
+from dataset.forms import CONVERSATION, FORMS, PAIR, TEXT
+from dataset.loader import Loader
 from dataset.records import DataError
-from dataset.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
+from dataset.tokenizer import DEFAULT_TOKENIZER, TextTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
+    "CONVERSATION",
     "DEFAULT_TOKENIZER",
+    "FORMS",
+    "PAIR",
+    "TEXT",
     "Batch",
     "DataError",
     "Loader",
+    "Message",
     "PairBatch",
     "Rendered",
+    "TextTokenizer",
     "Tokenizer",
     "build_dpo_loader",
     "build_pretrain_loader",
     "build_rows",
     "build_sft_loader",
     "load_tokenizer",
+    "parse_answer",
     "render_chat",
 ]

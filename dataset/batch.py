@@ -1,4 +1,4 @@
-"""Pieces of documents in, tensors of one fixed shape out. Labels are shifted here, once, for all stages.
+"""Tensors of one fixed shape, made of pieces of documents. Labels are shifted already, once, for all stages.
 
 documents [<s> a b </s>] and [<s> c </s>] in a row of 6:
     input_ids     <s>  a    b    <s>  c    pad
@@ -49,13 +49,3 @@ class PairBatch(Batch):
     @property
     def n_pairs(self) -> int:
         return len(self.pair_ids)
-
-
-def blank(rows: int, sequence: int, pad_id: int) -> dict[str, Tensor]:
-    """Tensors of nothing but padding."""
-    shape = (rows, sequence)
-    return {
-        "input_ids": torch.full(shape, pad_id, dtype=torch.long),
-        "labels": torch.full(shape, IGNORE, dtype=torch.long),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
-    }

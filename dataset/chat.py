@@ -1,14 +1,17 @@
-"""Messages -> token ids and loss mask. The one renderer: training and chat both come through here.
+"""Messages -> token ids and loss mask, and an answer's text -> message again. The one renderer: training and chat both
+come through here.
 
     [{"role": "user", "content": "我们"}, {"role": "assistant", "content": "世界"}]
 
-    parts       <s>  <|user|>  我们  <|end|>  <|assistant|>  世界  <|end|>
+    fragments   <s>  <|user|>  我们  <|end|>  <|assistant|>  世界  <|end|>
     ids           1         5 529        8              6 2070        8
     mask          0         0    0        0              0    1        1      (1 = supervised)
 
-The mask follows from how the text was built: each part knows whether the assistant wrote it. Nothing is
+The mask follows from how the text was built: each fragment knows whether the assistant wrote it. Nothing is
 searched for afterwards, and the text of a message can never become a control token, so a user who writes
 "<|assistant|>" supervises nothing.
+
+    parse_answer("<think>2+3</think>5") -> {"role": "assistant", "content": "5", "reasoning_content": "2+3"}
 
 `dataset/tokenizer_6400/chat_template.jinja` says the same for Hugging Face; a test holds the two together.
 """
@@ -16,12 +19,23 @@ searched for afterwards, and the text of a message can never become a control to
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
-from dataset.tokenizer import HFTokenizer, Tokenizer
+from dataset.tokenizer import HFTokenizer, TextTokenizer, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
-Message = dict[str, Any]
+
+JSON = str | int | float | bool | None | list["JSON"] | dict[str, "JSON"]
+
+
+class Message(TypedDict, total=False):
+    """One turn of a conversation: role and content, and what else there is to it."""
+
+    role: str  # one of ROLES
+    content: str | None  # may be None or left out beside one of the following
+    reasoning_content: str | None  # of an assistant: what it thinks before it answers
+    tool_calls: JSON  # of an assistant: a list, or its JSON text; `parse_tool_calls` reads every form
+    tools: JSON  # of anyone else: those that may be called, a list, or its JSON text
 
 
 class Rendered(NamedTuple):
@@ -31,17 +45,15 @@ class Rendered(NamedTuple):
     mask: list[bool]
 
 
-class Part(NamedTuple):
-    """A piece of a conversation: plain text, or the name of one control token."""
+class Fragment(NamedTuple):
+    """A bit of a conversation: plain text, or the name of one control token."""
 
     text: str
     control: bool
     supervised: bool
 
 
-def render_chat(
-    tokenizer: Tokenizer | HFTokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
-) -> Rendered:
+def render_chat(tokenizer: TextTokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
     """Ids and mask of a conversation; with `add_generation_prompt` it ends where the assistant is to speak.
 
     Supervised: everything an assistant says, after <|assistant|> and up to its <|end|>, that one included.
@@ -51,50 +63,56 @@ def render_chat(
     """
     if isinstance(tokenizer, HFTokenizer):
         return _render_template(tokenizer, messages, add_generation_prompt)
+    assert isinstance(tokenizer, Tokenizer), "the control tokens of any other tokenizer are not known"
     rendered = Rendered([tokenizer.bos_id], [False])
     for number, message in enumerate(messages):
-        for part in message_parts(message, f"message {number}"):
-            ids = [tokenizer.token_id(part.text)] if part.control else tokenizer.encode(part.text)
+        for fragment in message_fragments(message, f"message {number}"):
+            ids = [tokenizer.token_id(fragment.text)] if fragment.control else tokenizer.encode(fragment.text)
             rendered.ids.extend(ids)
-            rendered.mask.extend([part.supervised] * len(ids))
+            rendered.mask.extend([fragment.supervised] * len(ids))
     if add_generation_prompt:
         rendered.ids.append(tokenizer.token_id("<|assistant|>"))
         rendered.mask.append(False)
     return rendered
 
 
-def message_parts(message: Message, where: str = "message") -> list[Part]:
-    """The parts of one turn, in order.
+def message_fragments(message: Message, where: str = "message") -> list[Fragment]:
+    """The fragments of one turn, in order.
 
     {"role": "user", "content": "Hi"} -> <|user|>, Hi, <|end|>
     """
-    role, content = _check(message, where)
+    role, content, reasoning = _check(message, where)
     said = role == "assistant"
     body: list[tuple[str, str]] = []  # (control token that wraps the text or "", text)
-    if message.get("reasoning_content"):
-        body.append(("think", message["reasoning_content"]))
+    if reasoning:
+        body.append(("think", reasoning))
     body.append(("", content))
     tools = [("tools", _tools_text(message["tools"]))] if message.get("tools") else []
     if role == "system":
         body += tools
     body += [("tool_call", _dump(call)) for call in parse_tool_calls(message.get("tool_calls"), where)]
-    parts = [Part(f"<|{role}|>", True, False), *_wrap(body, said), Part("<|end|>", True, said)]
+    fragments = [Fragment(f"<|{role}|>", True, False), *_wrap(body, said), Fragment("<|end|>", True, said)]
     if tools and role != "system":  # tools without a system message get an empty system turn
-        parts = [Part("<|system|>", True, False), *_wrap(tools, False), Part("<|end|>", True, False), *parts]
-    return parts
+        fragments = [
+            Fragment("<|system|>", True, False),
+            *_wrap(tools, False),
+            Fragment("<|end|>", True, False),
+            *fragments,
+        ]
+    return fragments
 
 
-def _wrap(body: list[tuple[str, str]], supervised: bool) -> Iterator[Part]:
+def _wrap(body: list[tuple[str, str]], supervised: bool) -> Iterator[Fragment]:
     for name, text in body:
         if name:
-            yield Part(f"<{name}>", True, supervised)
-        yield Part(text, False, supervised)
+            yield Fragment(f"<{name}>", True, supervised)
+        yield Fragment(text, False, supervised)
         if name:
-            yield Part(f"</{name}>", True, supervised)
+            yield Fragment(f"</{name}>", True, supervised)
 
 
-def _check(message: Message, where: str) -> tuple[str, str]:
-    """Role and content of a message. Raises ValueError for what the format has no place for."""
+def _check(message: Message, where: str) -> tuple[str, str, str]:
+    """Role, content and reasoning of a message, "" for none. Raises ValueError for what the format has no place for."""
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"{where}: found role {role!r}, expected one of {', '.join(ROLES)}")
@@ -103,14 +121,15 @@ def _check(message: Message, where: str) -> tuple[str, str]:
         if message.get(key):
             raise ValueError(f"{where}: found {key} on a message of role {role}, which cannot carry it")
     others = any(message.get(key) for key in ("tools", "tool_calls", "reasoning_content"))
-    for key, value in (("content", content), ("reasoning_content", message.get("reasoning_content"))):
+    reasoning = message.get("reasoning_content")
+    for key, value in (("content", content), ("reasoning_content", reasoning)):
         needless = value is None and (others or key != "content")
         if not (isinstance(value, str) or needless):
             raise ValueError(f"{where}: found {key} of type {type(value).__name__}, expected a string")
-    return str(role), content or ""
+    return str(role), content or "", reasoning or ""
 
 
-def parse_tool_calls(tool_calls: str | list[Any] | dict[str, Any] | None, where: str = "message") -> list[Message]:
+def parse_tool_calls(tool_calls: JSON, where: str = "message") -> list[dict[str, JSON]]:
     """Separate calls {"name": ..., "arguments": {...}} from a list or a JSON string of them.
 
     OpenAI's {"type": "function", "function": {...}} is unwrapped, arguments given as JSON text are parsed.
@@ -119,7 +138,7 @@ def parse_tool_calls(tool_calls: str | list[Any] | dict[str, Any] | None, where:
     if not tool_calls:
         return []
     calls = _parse_json(tool_calls, f"{where}: tool_calls")
-    parsed = []
+    parsed: list[dict[str, JSON]] = []
     for call in [calls] if isinstance(calls, dict) else calls if isinstance(calls, list) else [calls]:
         call = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(call, dict):
@@ -130,7 +149,7 @@ def parse_tool_calls(tool_calls: str | list[Any] | dict[str, Any] | None, where:
     return parsed
 
 
-def _parse_json(value: Any, where: str) -> Any:
+def _parse_json(value: JSON, where: str) -> JSON:
     if not isinstance(value, str):
         return value
     try:
@@ -139,12 +158,31 @@ def _parse_json(value: Any, where: str) -> Any:
         raise ValueError(f"{where}: found {value[:80]!r}, expected JSON ({error})") from None
 
 
-def _dump(value: Any) -> str:
+def _dump(value: JSON) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _tools_text(tools: Any) -> str:
+def _tools_text(tools: JSON) -> str:
     return tools if isinstance(tools, str) else _dump(tools)
+
+
+def parse_answer(text: str) -> Message:
+    """An answer's text with its control tokens' names -> message, so that it is rendered again as it was written.
+
+    "<think>2+2</think>4" -> {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
+    """
+    message: Message = {"role": "assistant"}
+    if thought := re.match(r"\s*<think>(.*?)</think>", text, re.DOTALL):
+        message["reasoning_content"], text = thought[1], text[thought.end() :]
+    form = r"<tool_call>(.*?)</tool_call>"
+    try:
+        calls = [json.loads(call) for call in re.findall(form, text, re.DOTALL)]
+    except ValueError:  # not a call that could be rendered: it stays in the text
+        calls = []
+    if calls and all(isinstance(call, dict) for call in calls):
+        message["tool_calls"], text = calls, re.sub(form, "", text, flags=re.DOTALL)
+    message["content"] = text
+    return message
 
 
 # Other models' templates ----------------------------------------------------------------------
@@ -170,17 +208,22 @@ class _Placeholders:
         self.texts[placeholder] = (text, number)
         return placeholder
 
-    def hide_in_json(self, value: Any, number: int) -> Any:
+    def hide_in_json(self, value: JSON, number: int) -> JSON:
         """Hide those strings of a JSON value that could be taken for control tokens or placeholders."""
         if isinstance(value, dict):
-            return {self.hide_in_json(k, number): self.hide_in_json(v, number) for k, v in value.items()}
+            return self.hide_in_object(value, number)
         if isinstance(value, list):
             return [self.hide_in_json(item, number) for item in value]
-        if isinstance(value, str) and (
-            any(name in value for name in self._control_names) or any(ord(c) >= FIRST_PLACEHOLDER for c in value)
-        ):
-            return self.hide(_dump(value)[1:-1], number)
-        return value
+        return self._hide_dangerous(value, number) if isinstance(value, str) else value
+
+    def hide_in_object(self, value: dict[str, JSON], number: int) -> dict[str, JSON]:
+        """`hide_in_json` of an object, its keys included."""
+        return {self._hide_dangerous(k, number): self.hide_in_json(v, number) for k, v in value.items()}
+
+    def _hide_dangerous(self, text: str, number: int) -> str:
+        if any(name in text for name in self._control_names) or any(ord(c) >= FIRST_PLACEHOLDER for c in text):
+            return self.hide(_dump(text)[1:-1], number)  # as it is written inside a JSON string
+        return text
 
     def split(self, rendered: str) -> list[str]:
         """[template text, placeholder, template text, ..., template text]"""
@@ -201,16 +244,16 @@ def _render_template(tokenizer: HFTokenizer, messages: Sequence[Message], add_ge
     rendered = Rendered([], [])
     for i, part in enumerate(parts):
         if i % 2:
-            pieces = [(tokenizer.encode(places.texts[part][0]), speaking(i) is not None)]
+            runs = [(tokenizer.encode(places.texts[part][0]), speaking(i) is not None)]
         else:
-            pieces = _template_pieces(tokenizer, part, speaking(i - 1), speaking(i + 1))
-        for ids, supervised in pieces:
+            runs = _template_runs(tokenizer, part, speaking(i - 1), speaking(i + 1))
+        for ids, supervised in runs:
             rendered.ids.extend(ids)
             rendered.mask.extend([supervised] * len(ids))
     return rendered
 
 
-def _template_pieces(
+def _template_runs(
     tokenizer: HFTokenizer, part: str, before: int | None, after: int | None
 ) -> list[tuple[list[int], bool]]:
     """(ids, supervised) of template text between the texts of assistant messages `before` and `after`."""
@@ -226,24 +269,25 @@ def _template_pieces(
     return [(ids[:end], True), (ids[end:], False), (tokenizer.encode_template(part[cut:]), True)]
 
 
-def _hide_messages(messages: Sequence[Message], places: _Placeholders) -> tuple[list[Message], Any]:
+def _hide_messages(messages: Sequence[Message], places: _Placeholders) -> tuple[list[Message], JSON]:
     """Messages in the form Hugging Face's templates expect, their texts hidden, and the tools."""
     hidden: list[Message] = []
-    tools = None
+    tools: JSON = None
     for number, message in enumerate(messages):
         where = f"message {number}"
-        role, content = _check(message, where)
+        role, content, reasoning = _check(message, where)
         turn: Message = {"role": role, "content": places.hide(content, number)}
-        if message.get("reasoning_content"):
-            turn["reasoning_content"] = places.hide(message["reasoning_content"], number)
+        if reasoning:
+            turn["reasoning_content"] = places.hide(reasoning, number)
         if message.get("tools"):
             tools = places.hide_in_json(_parse_json(message["tools"], f"{where}: tools"), number)
             tools = [tools] if isinstance(tools, dict) else tools
-        calls = []
+        calls: list[JSON] = []
         for call in parse_tool_calls(message.get("tool_calls"), where):
-            call = places.hide_in_json(call, number)
+            call = places.hide_in_object(call, number)
             # A call's name is always hidden: a turn that is only a call must be seen as the assistant's.
-            calls.append({"type": "function", "function": {**call, "name": places.hide(call.get("name", ""), number)}})
+            name = places.hide(cast(str, call.get("name", "")), number)  # that it is a string, nothing has checked
+            calls.append({"type": "function", "function": {**call, "name": name}})
         if calls:
             turn["tool_calls"] = calls
         hidden.append(turn)

@@ -1,33 +1,58 @@
-"""Encoded columns in, this rank's micro-batches out; the order depends on seed and epoch alone.
+"""Token columns in, packed rows, this rank's micro-batches out; the order depends on seed and epoch alone.
 
     rows = TextRows(encoded, max_seq_len=512, pad_id=3)          len(rows) packed rows
+    rows.collate([7, 2, EMPTY_ROW])                              Batch of (3, 512): row 7, row 2, and one of padding
     loader = Loader(rows, batch_size=4, accumulation_steps=2, rank=1, world_size=2, seed=0)
     loader.update(position=32)   -> two Batches: of the global rows 32..48, rank 1 gets 36..40 and 44..48
 
 A position is a count of rows since the start of training, over all ranks and epochs. It is the loader's whole state:
 resuming on another number of ranks continues at the same row. An update that reaches past the last row is filled with
-rows of padding, which weigh nothing, so that every rank always has the same number of micro-batches.
+rows of padding, which weigh nothing, so that every rank always has the same number of micro-batches. Columns lie in
+memory-mapped Arrow files; nothing is read before a batch asks for it.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Protocol
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Protocol
 
 import datasets
 import numpy as np
 import torch
+from torch import Tensor
 
-from dataset.batch import IGNORE, Batch, PairBatch, blank
-from dataset.encode import Encoded, Report, Rules, encode_files
+from dataset.batch import IGNORE, Batch, PairBatch
 from dataset.pack import Packing, pack
-from dataset.records import Stage, expand_paths
 
 EMPTY_ROW = -1
+ENDLESS = sys.maxsize  # total_rows of a run that counts its steps instead
+
+
+@dataclass
+class Report:
+    """What became of the rows of one part (training or validation)."""
+
+    read: int = 0
+    used: int = 0
+    bad: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    supervised: int = 0
+
+
+@dataclass
+class Encoded:
+    """One part's token columns, its report, and the key that stands for its contents."""
+
+    columns: datasets.Dataset
+    report: Report
+    fingerprint: str
 
 
 class Column:
-    """One list column of a memory-mapped Arrow table as numpy slices, without copying: column[i] -> (length of row i,)."""
+    """One list column of a memory-mapped Arrow table as numpy slices, not copied: column[i] -> (length of row i,)."""
 
     def __init__(self, table: datasets.Dataset, name: str):
         chunks = table.data.column(name).chunks
@@ -43,6 +68,10 @@ class Column:
         offsets, place = self.offsets[chunk], i - self.first[chunk]
         return self.values[chunk][offsets[place] : offsets[place + 1]]
 
+    def tokens(self, i: int) -> torch.Tensor:
+        """int64 (length of row i,)."""
+        return torch.from_numpy(self[i].astype(np.int64))
+
 
 class Rows(Protocol):
     """Packed rows of one part of the data."""
@@ -55,14 +84,15 @@ class Rows(Protocol):
 
 
 class TextRows:
-    """Packed rows of next-token training (pretraining and SFT)."""
+    """Packed rows of next-token training. Columns without spans are plain text: all of it is learnt, and a document may
+    be split between rows; with spans (of a conversation) neither holds."""
 
     def __init__(self, encoded: Encoded, max_seq_len: int, pad_id: int):
         self.encoded, self.pad_id = encoded, pad_id
         self.ids = Column(encoded.columns, "ids")
-        self.spans = Column(encoded.columns, "spans") if encoded.stage == "full_sft" else None
+        self.spans = Column(encoded.columns, "spans") if "spans" in encoded.columns.column_names else None
         # a document of n tokens has n - 1 pairs of input and label
-        self.packing = pack(self.ids.lengths() - 1, max_seq_len, split=encoded.stage == "pretrain")
+        self.packing = pack(self.ids.lengths() - 1, max_seq_len, split=self.spans is None)
 
     def __len__(self) -> int:
         return len(self.packing)
@@ -73,24 +103,26 @@ class TextRows:
         real = 0
         for i, row in enumerate(row_ids):
             place = 0
-            for piece in pieces_of(self.packing, row):
-                document, start, length = (
-                    int(x[piece]) for x in (self.packing.document, self.packing.start, self.packing.length)
-                )
+            for document, start, length in pieces_of(self.packing, row):
                 here = slice(place, place + length)
-                tokens = torch.from_numpy(self.ids[document][start : start + length + 1].astype(np.int64))
+                tokens = self.ids.tokens(document)[start : start + length + 1]
                 batch["input_ids"][i, here] = tokens[:-1]
                 batch["labels"][i, here] = tokens[1:] if self.spans is None else supervise(tokens, self.spans[document])
                 batch["position_ids"][i, here] = torch.arange(length)
                 place += length
             real += place
-        return Batch(
-            **batch, row_ids=list(row_ids), real_tokens=real, supervised=int((batch["labels"] != IGNORE).sum())
-        )
+        supervised = int((batch["labels"] != IGNORE).sum())
+        return Batch(**batch, row_ids=list(row_ids), real_tokens=real, supervised=supervised)
 
 
 class PairRows:
-    """Packed rows of preference pairs: a row is two sequences wide and holds whole pairs, chosen before rejected."""
+    """Packed rows of preference pairs: a row is two sequences wide and holds whole pairs, chosen before rejected.
+
+    reference: float32 (pairs, 2), log-probabilities of the answers under the frozen starting model, nats. It is filled
+    by whoever holds that model (training/reference.py); until then there are no batches.
+    """
+
+    reference: np.ndarray | None = None
 
     def __init__(self, encoded: Encoded, max_seq_len: int, pad_id: int):
         self.encoded, self.pad_id = encoded, pad_id
@@ -98,23 +130,30 @@ class PairRows:
         self.prompt = np.asarray(encoded.columns.with_format("numpy")["prompt"])
         lengths = self.sides[0].lengths() + self.sides[1].lengths() - 2
         self.packing = pack(lengths, 2 * max_seq_len, split=False)
-        self.reference = np.zeros((len(lengths), 2), dtype=np.float32)  # filled by whoever holds the reference model
 
     def __len__(self) -> int:
         return len(self.packing)
 
+    @property
+    def n_pairs(self) -> int:
+        return len(self.prompt)
+
     def collate(self, row_ids: list[int]) -> PairBatch:
-        """Row numbers (EMPTY_ROW for padding) -> PairBatch of (len(row_ids), 2 * max_seq_len)."""
+        """Row numbers (EMPTY_ROW for padding) -> PairBatch of (len(row_ids), 2 * max_seq_len).
+
+        Raises ValueError while there is no reference.
+        """
+        if self.reference is None:
+            raise ValueError("these pairs have no reference log-probabilities yet; fill_reference computes them")
         batch = blank(len(row_ids), self.packing.capacity, self.pad_id)
         segment = torch.full_like(batch["labels"], -1)
         pairs: list[int] = []
         real = 0
         for i, row in enumerate(row_ids):
             place = 0
-            for piece in pieces_of(self.packing, row):
-                pair = int(self.packing.document[piece])
+            for pair, _, _ in pieces_of(self.packing, row):
                 for side, column in enumerate(self.sides):
-                    tokens = torch.from_numpy(column[pair].astype(np.int64))
+                    tokens = column.tokens(pair)
                     length, prompt = len(tokens) - 1, int(self.prompt[pair])
                     here, answer = slice(place, place + length), slice(place + prompt - 1, place + length)
                     batch["input_ids"][i, here] = tokens[:-1]
@@ -124,21 +163,34 @@ class PairRows:
                     place += length
                 pairs.append(pair)
             real += place
-        supervised = int((batch["labels"] != IGNORE).sum())
-        reference = torch.from_numpy(self.reference[pairs])
         return PairBatch(
             **batch,
             row_ids=list(row_ids),
             real_tokens=real,
-            supervised=supervised,
+            supervised=int((batch["labels"] != IGNORE).sum()),
             segment=segment,
             pair_ids=pairs,
-            reference=reference,
+            reference=torch.from_numpy(self.reference[pairs]),
         )
 
 
-def pieces_of(packing: Packing, row: int) -> range:
-    return range(0) if row == EMPTY_ROW else range(int(packing.offsets[row]), int(packing.offsets[row + 1]))
+def blank(rows: int, sequence: int, pad_id: int) -> dict[str, Tensor]:
+    """Tensors of nothing but padding."""
+    shape = (rows, sequence)
+    return {
+        "input_ids": torch.full(shape, pad_id, dtype=torch.long),
+        "labels": torch.full(shape, IGNORE, dtype=torch.long),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+    }
+
+
+def pieces_of(packing: Packing, row: int) -> list[tuple[int, int, int]]:
+    """(document, start, length) of every piece in a row."""
+    if row == EMPTY_ROW:
+        return []
+    here = slice(int(packing.offsets[row]), int(packing.offsets[row + 1]))
+    columns = (column[here].tolist() for column in (packing.document, packing.start, packing.length))
+    return list(zip(*columns, strict=True))
 
 
 def supervise(tokens: torch.Tensor, spans: np.ndarray) -> torch.Tensor:
@@ -150,13 +202,14 @@ def supervise(tokens: torch.Tensor, spans: np.ndarray) -> torch.Tensor:
 
 
 def micro_batches(rows_per_update: int, rows_together: int) -> int:
-    """Micro-batches an update takes where all ranks together have `rows_together` rows in each; the last may be padded."""
+    """Micro-batches an update takes where all ranks together have `rows_together` rows in each; the last may be
+    padded."""
     return -(-rows_per_update // rows_together)
 
 
 @dataclass
 class Loader:
-    """Slices the global row order for one rank.
+    """Slices the global row order for one rank of those that divide the data between them.
 
     `rows_per_update` rows make one update, whatever the number of ranks: with it the accumulation follows, and what of
     the last micro-batches reaches past it is padding.
@@ -168,9 +221,11 @@ class Loader:
     rank: int = 0
     world_size: int = 1
     seed: int = 0
-    total_rows: int | None = None  # rows in the whole of training, over all epochs; None: one pass
+    total_rows: int = 0  # rows in the whole of training, over all epochs; 0: one pass
     shuffle: bool = True
     rows_per_update: int = 0  # over all ranks; 0: batch_size * accumulation_steps * world_size
+
+    ahead = True  # the next update may be asked for while this one is learnt
 
     def __post_init__(self) -> None:
         together = self.batch_size * self.world_size
@@ -178,9 +233,12 @@ class Loader:
             self.accumulation_steps = micro_batches(self.rows_per_update, together)
         else:
             self.rows_per_update = together * self.accumulation_steps
-        self.order = lru_cache(maxsize=2)(self.order)  # type: ignore[method-assign]
-        if self.total_rows is None:
-            self.total_rows = len(self.rows)
+        self.total_rows = self.total_rows or len(self.rows)
+        self.row_order = cache(self.order)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self.rows)
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers of one epoch, (len(rows),)."""
@@ -189,11 +247,10 @@ class Loader:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
 
     def row_at(self, position: int) -> int:
-        assert self.total_rows is not None
         if position >= self.total_rows:
             return EMPTY_ROW
         epoch, place = divmod(position, len(self.rows))
-        return int(self.order(epoch)[place])
+        return int(self.row_order(epoch)[place])
 
     def update(self, position: int) -> list[Batch]:
         """This rank's micro-batches of the update whose first global row is `position`."""
@@ -206,64 +263,6 @@ class Loader:
         return batches
 
 
-def build_rows(
-    stage: Stage,
-    data_path: str | Path | list[str],
-    tokenizer: Any,
-    max_seq_len: int,
-    *,
-    part: str = "all",
-    val_fraction: float = 0.0,
-    on_bad_row: str = "stop",
-    cache_dir: str | Path = ".cache",
-) -> Rows | None:
-    """Files -> packed rows, encoded into the cache first where they are new. None where no row is left in this part.
-
-    part "train" or "val" is one side of a split that keeps `val_fraction` of the documents, by their hash, for "val".
-    Raises FileNotFoundError, and DataError for a bad row or one of another stage.
-    """
-    rules = Rules(stage, max_seq_len, on_bad_row, val_fraction, part)
-    encoded = encode_files(expand_paths(data_path), tokenizer, rules, cache_dir)
-    if not encoded.report.used:
-        return None
-    rows = PairRows if stage == "dpo" else TextRows
-    return rows(encoded, max_seq_len, tokenizer.pad_id)
-
-
-def build_pretrain_loader(
-    data_path: str | list[str], tokenizer: Any, max_seq_len: int, batch_size: int, **settings: Any
-) -> Loader:
-    """Packed documents of {"text": ...} rows; settings go to build_rows and Loader."""
-    return build_loader("pretrain", data_path, tokenizer, max_seq_len, batch_size, **settings)
-
-
-def build_sft_loader(
-    data_path: str | list[str], tokenizer: Any, max_seq_len: int, batch_size: int, **settings: Any
-) -> Loader:
-    """Packed conversations; labels stand on assistant turns only."""
-    return build_loader("full_sft", data_path, tokenizer, max_seq_len, batch_size, **settings)
-
-
-def build_dpo_loader(
-    data_path: str | list[str], tokenizer: Any, max_seq_len: int, batch_size: int, **settings: Any
-) -> Loader:
-    """Packed preference pairs, in rows of 2 * max_seq_len."""
-    return build_loader("dpo", data_path, tokenizer, max_seq_len, batch_size, **settings)
-
-
-def build_loader(
-    stage: Stage, data_path: str | list[str], tokenizer: Any, max_seq_len: int, batch_size: int, **settings: Any
-) -> Loader:
-    """Raises ValueError where the files hold nothing to learn from."""
-    for_rows = {
-        name: settings.pop(name) for name in ("part", "val_fraction", "on_bad_row", "cache_dir") if name in settings
-    }
-    rows = build_rows(stage, data_path, tokenizer, max_seq_len, **for_rows)
-    if rows is None:
-        raise ValueError(f"{data_path}: no row is left to learn from")
-    return Loader(rows, batch_size, **settings)
-
-
 def describe(parts: dict[str, Rows | None]) -> tuple[list[str], list[list[str]], list[str]]:
     """The start table: header, one line a part, and notes on what was dropped, cut or bad."""
     header = ["part", "rows read", "used", "dropped", "bad", "tokens", "supervised", "packed rows", "real tokens"]
@@ -272,7 +271,7 @@ def describe(parts: dict[str, Rows | None]) -> tuple[list[str], list[list[str]],
         if rows is None:
             lines.append([name, *["0"] * 7, "-"])
             continue
-        report: Report = rows.encoded.report
+        report = rows.encoded.report
         counts = [
             report.read,
             report.used,
@@ -288,9 +287,8 @@ def describe(parts: dict[str, Rows | None]) -> tuple[list[str], list[list[str]],
         notes += [
             f"{name}: {count:,} rows cut {where}" for where, count in report.cut.items() if where != "tokens left out"
         ]
-        notes += (
-            [f"{name}: {left_out:,} tokens left out by the cuts; a larger --max_seq_len keeps them"] if left_out else []
-        )
+        if left_out:
+            notes.append(f"{name}: {left_out:,} tokens left out by the cuts; a larger --max_seq_len keeps them")
         notes += [f"{name}: bad row skipped: {message}" for message in report.bad[:10]]
         notes += [f"{name}: ... and {len(report.bad) - 10} more bad rows"] if len(report.bad) > 10 else []
     return header, lines, notes

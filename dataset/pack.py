@@ -18,7 +18,10 @@ FULL_ENOUGH = 0.98  # a row this full is left alone rather than cut one more doc
 
 @dataclass
 class Packing:
-    """Row r holds the pieces `offsets[r] : offsets[r + 1]`; piece p is tokens `start[p] : start[p] + length[p]` of `document[p]`."""
+    """Row r holds the pieces `offsets[r] : offsets[r + 1]`.
+
+    Piece p is tokens `start[p] : start[p] + length[p]` of `document[p]`.
+    """
 
     offsets: np.ndarray
     document: np.ndarray

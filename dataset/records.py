@@ -15,19 +15,11 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import zstandard
 
-Stage = Literal["pretrain", "full_sft", "dpo"]
-STAGES: tuple[Stage, ...] = ("pretrain", "full_sft", "dpo")
-ROLES = ("system", "user", "assistant", "tool")
-EXPECTED = {
-    "pretrain": '{"text": "..."}',
-    "full_sft": '{"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
-    "dpo": '{"chosen": [messages...], "rejected": [messages...]}',
-}
-SCRIPT = {"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py", "dpo": "train_dpo.py"}
+from dataset.forms import FORMS, Form, Value, kind, shorten
 
 
 class DataError(ValueError):
@@ -40,7 +32,7 @@ class Row:
 
     path: str
     line: int
-    value: dict[str, Any]
+    value: Value
 
     @property
     def where(self) -> str:
@@ -48,7 +40,10 @@ class Row:
 
 
 def expand_paths(patterns: str | Path | Iterable[str | Path]) -> list[str]:
-    """Files and globs -> existing files; a glob's files sorted, no file twice. Raises FileNotFoundError for an empty match."""
+    """Files and globs -> existing files; a glob's files sorted, no file twice.
+
+    Raises FileNotFoundError for an empty match.
+    """
     patterns = [patterns] if isinstance(patterns, (str, Path)) else list(patterns)
     if not patterns:
         raise FileNotFoundError("no data file was given; give one with --data_path")
@@ -71,7 +66,7 @@ def expand_paths(patterns: str | Path | Iterable[str | Path]) -> list[str]:
 
 def open_binary(path: str) -> io.BufferedIOBase:
     if path.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if path.endswith(".zst"):
         return io.BufferedReader(ZstdReader(path))
     return open(path, "rb")
@@ -85,7 +80,7 @@ class ZstdReader(io.RawIOBase):
 
     def __init__(self, path: str):
         self.file = open(path, "rb")  # noqa: SIM115 - closed by close()
-        self.frame: Any = None  # the decompressor of the frame the file stands in
+        self.frame: zstandard.ZstdDecompressionObj | None = None  # the decompressor of the frame the file stands in
         self.compressed = b""
         self.ready = memoryview(b"")
 
@@ -125,12 +120,13 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
                 yield number, raw.rstrip(b"\r\n")
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
-            f"{path}:{number + 1}: found damaged compressed data ({error}), expected a whole file; fetch or compress it again"
+            f"{path}:{number + 1}: found damaged compressed data ({error}), expected a whole file; "
+            "fetch or compress it again"
         ) from None
 
 
 def read_rows(
-    paths: Iterable[str], stage: Stage, on_bad_row: Literal["stop", "skip"] = "stop", bad_rows: list[str] | None = None
+    paths: Iterable[str], form: Form, on_bad_row: str = "stop", bad_rows: list[str] | None = None
 ) -> Iterator[Row]:
     """Checked rows of all files, in order. Blank lines are no rows.
 
@@ -144,7 +140,7 @@ def read_rows(
                 continue
             rows += 1
             try:
-                yield Row(path, number, parse_row(raw, stage))
+                yield Row(path, number, parse_row(raw, form))
             except ValueError as error:
                 message = f"{path}:{number}: {error}"
                 if on_bad_row == "stop":
@@ -152,128 +148,50 @@ def read_rows(
                 if bad_rows is not None:
                     bad_rows.append(message)
         if rows == 0:
-            raise DataError(f"{path}:1: found an empty file, expected rows like {EXPECTED[stage]}")
+            raise DataError(f"{path}:1: found an empty file, expected rows like {form.expected}")
 
 
-def parse_row(raw: bytes, stage: Stage) -> dict[str, Any]:
+def parse_row(raw: bytes, form: Form) -> Value:
     """One line's bytes -> checked row. Raises ValueError saying what was found and what was expected."""
-    expected = f"expected {EXPECTED[stage]}"
+    row = parse_json(raw, form.expected)
+    if not isinstance(row, dict):
+        hint = " (a whole JSON array in one file? write one object a line)" if isinstance(row, list) else ""
+        raise ValueError(f"found {kind(row)}, expected {form.expected}{hint}")
+    if "messages" in row and "conversations" not in row:
+        row["conversations"] = row.pop("messages")
+    form.check(row)
+    return row
+
+
+def parse_json(raw: bytes, expected: str) -> object:
     try:
-        row = json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"found bytes that are not UTF-8 (byte {error.start + 1} of the line, 0x{raw[error.start]:02x}), expected UTF-8 text; convert the file"
+            f"found bytes that are not UTF-8 (byte {error.start + 1} of the line, 0x{raw[error.start]:02x}), "
+            "expected UTF-8 text; convert the file"
         ) from None
     except RecursionError:
-        raise ValueError(f"found JSON nested too deeply to read, {expected}") from None
+        raise ValueError(f"found JSON nested too deeply to read, expected {expected}") from None
     except json.JSONDecodeError as error:
         cut = error.msg.startswith("Unterminated") or error.pos >= len(raw.decode("utf-8").rstrip())
         raise ValueError(
             f"found broken JSON ({error.msg.removesuffix(' at')} at character {error.colno} of {shorten(raw)})"
-            f"{'; the line is cut short' if cut else ''}, {expected}"
-        ) from None
-    if not isinstance(row, dict):
-        hint = " (a whole JSON array in one file? write one object a line)" if isinstance(row, list) else ""
-        raise ValueError(f"found {kind(row)}, {expected}{hint}")
-    if "messages" in row and "conversations" not in row:
-        row["conversations"] = row.pop("messages")
-    check_keys(row, stage)
-    if stage == "pretrain":
-        check_text(row["text"], "text")
-    elif stage == "full_sft":
-        check_messages(row["conversations"], "conversations")
-    else:
-        check_pair(row)
-    return row
-
-
-def check_keys(row: dict[str, Any], stage: Stage) -> None:
-    keys = {"pretrain": {"text"}, "full_sft": {"conversations"}, "dpo": {"chosen", "rejected"}}
-    if keys[stage] <= row.keys():
-        return
-    found = f"found the keys {', '.join(map(repr, row)) or '(none)'}"
-    for other in STAGES:
-        if keys[other] <= row.keys():
-            raise ValueError(f"{found}: a row for {SCRIPT[other]}, expected {EXPECTED[stage]} for {SCRIPT[stage]}")
-    raise ValueError(f"{found}, expected {EXPECTED[stage]}")
-
-
-def check_text(text: Any, name: str) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"found {kind(text)} as {name}, expected a string")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"found half a surrogate pair ({text[error.start]!r}) in {name}, expected whole characters"
+            f"{'; the line is cut short' if cut else ''}, expected {expected}"
         ) from None
 
 
-def check_messages(messages: Any, name: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"found {kind(messages) if messages != [] else 'an empty list'} as {name}, expected a list of messages"
-        )
-    for i, message in enumerate(messages):
-        where = f"{name}[{i}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            found = repr(message.get("role")) if isinstance(message, dict) else kind(message)
-            raise ValueError(f"found {found} as the role of {where}, expected one of {', '.join(ROLES)}")
-        if message.get("content") is None and message.get("tool_calls"):
-            message["content"] = ""
-        check_text(message.get("content"), f"{where}.content")
-        if message.get("reasoning_content") is not None:
-            check_text(message["reasoning_content"], f"{where}.reasoning_content")
-        for key in ("tools", "tool_calls"):
-            check_json_list(message.get(key), f"{where}.{key}")
-
-
-def check_json_list(value: Any, name: str) -> None:
-    """None, an empty string, a list, or a string of JSON that holds a list (or one object)."""
-    if value is None or value == "" or isinstance(value, list):
-        return
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"found {shorten(value)} as {name}, which is not JSON ({error}); expected a JSON list"
-        ) from None
-    if not isinstance(value, str) or not isinstance(parsed, (list, dict)):
-        raise ValueError(f"found {kind(parsed)} as {name}, expected a JSON list, or a string that holds one")
-    check_text(value, name)
-
-
-def check_pair(row: dict[str, Any]) -> None:
-    for side in ("chosen", "rejected"):
-        check_messages(row[side], side)
-        if row[side][-1]["role"] != "assistant":
-            raise ValueError(f"found a last message of role {row[side][-1]['role']!r} in {side}, expected 'assistant'")
-    chosen, rejected = row["chosen"][:-1], row["rejected"][:-1]
-    if chosen != rejected:
-        turn = next(
-            (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
-            min(len(chosen), len(rejected)),
-        )
-        raise ValueError(
-            f"found different prompts in chosen and rejected (first difference in message {turn}), expected one shared prompt and different last turns"
-        )
-    if not chosen:
-        raise ValueError("found no message before the answers, expected a prompt")
-
-
-def kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null (or nothing)",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
-def shorten(value: bytes | str, limit: int = 60) -> str:
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    return repr(text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}")
+def form_of(path: str | Path) -> Form:
+    """The form of a file's first readable row, by its keys. Raises FileNotFoundError, or DataError for none."""
+    (path,) = expand_paths(path)
+    for _, raw in read_lines(path):
+        try:
+            row = json.loads(raw)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            keys = {"conversations" if key == "messages" else key for key in row}
+            for form in FORMS:
+                if form.keys & keys:
+                    return form
+    raise DataError(f"{path}:1: found no row of a known form, expected {' or '.join(f.expected for f in FORMS)}")

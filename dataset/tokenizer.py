@@ -1,4 +1,5 @@
-"""Text <-> token ids: the shipped SentencePiece tokenizer, and any Hugging Face one behind the same door.
+"""Text <-> token ids: the shipped SentencePiece tokenizer, and any Hugging Face one behind the same door,
+`TextTokenizer`.
 
 What flows through, with the shipped 6,400-piece model:
 
@@ -15,9 +16,10 @@ import codecs
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -41,6 +43,62 @@ SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character inside i
 SPACE_MARK_BYTES = [len(CONTROL_TOKENS) + byte for byte in SPACE_MARK.encode()]
 
 
+class IncrementalDecoder(Protocol):
+    """Ids in one by one, text out in whole characters."""
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes ("" while a character is incomplete)."""
+
+    def flush(self) -> str:
+        """What was held back at the end, U+FFFD for an unfinished character."""
+
+
+class TextTokenizer(Protocol):
+    """What `Tokenizer` and `HFTokenizer` have in common, and all that the rest of the project asks of either."""
+
+    folder: Path
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    end_of_turn_id: int
+    stop_ids: tuple[int, ...]  # an answer ends at any of these
+    control_ids: frozenset[int]
+
+    @property
+    def bos_id(self) -> int | None:
+        """What a document starts with; None: with its text."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` can render conversations."""
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """int32 (vocab_size,): UTF-8 bytes each token stands for, 0 for control tokens."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokenizer's files: equal fingerprints give equal ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, which is never a control token. Raises ValueError for a lone surrogate."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text."""
+
+    def decode(self, ids: list[int], skip_control: bool = True) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token for display."""
+
+    def stream_decoder(self, skip_control: bool = True) -> IncrementalDecoder:
+        """A decoder for one answer that arrives id by id."""
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files into a model folder."""
+
+
 class Tokenizer:
     """The project's own tokenizer: a SentencePiece BPE model with byte fallback.
 
@@ -53,8 +111,9 @@ class Tokenizer:
     eos_id = CONTROL_TOKENS.index("</s>")
     pad_id = CONTROL_TOKENS.index("<pad>")
     end_of_turn_id = CONTROL_TOKENS.index("<|end|>")
-    stop_ids = (eos_id, end_of_turn_id)
+    stop_ids: tuple[int, ...] = (eos_id, end_of_turn_id)
     control_ids = frozenset(range(len(CONTROL_TOKENS)))
+    has_chat_template = True
 
     def __init__(self, folder: str | Path) -> None:
         """Raises ValueError when `folder` holds no tokenizer.model, or one that is not this project's."""
@@ -87,7 +146,7 @@ class Tokenizer:
         piece = self._model.id_to_piece(token_id)
         return piece if self._model.is_byte(token_id) else piece.replace(SPACE_MARK, " ")
 
-    def stream_decoder(self, skip_control: bool = True) -> "StreamDecoder":
+    def stream_decoder(self, skip_control: bool = True) -> IncrementalDecoder:
         """A decoder for one answer that arrives id by id."""
         return StreamDecoder(self, skip_control)
 
@@ -146,17 +205,19 @@ class HFTokenizer:
         from transformers import AutoTokenizer  # seconds to import; only foreign folders need it
 
         self.folder = Path(folder)
+        # untyped: which class it is, and so what its attributes are, depends on the folder
         self.hf: Any = AutoTokenizer.from_pretrained(str(self.folder))
         self.vocab_size = len(self.hf)
+        self.has_chat_template = self.hf.chat_template is not None
         special = {i: token.content for i, token in self.hf.added_tokens_decoder.items() if token.special}
         self.control_ids = frozenset(special)
         self.control_names = list(special.values())
         self.bos_id: int | None = self.hf.bos_token_id
         ends = self._read_end_ids()
-        self.eos_id = ends[0]
+        self.eos_id: int = ends[0]
         self.end_of_turn_id = self._find_end_of_turn()
-        self.stop_ids = tuple(dict.fromkeys((*ends, self.end_of_turn_id)))
-        self.pad_id = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*ends, self.end_of_turn_id)))
+        self.pad_id: int = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a special token's name in it stays text, and no <s> is added."""
@@ -171,9 +232,14 @@ class HFTokenizer:
         """Ids of a chat template's own text, in which special tokens' names are special tokens."""
         return self.hf.encode(text, add_special_tokens=False, split_special_tokens=False)
 
-    def apply_template(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
-        """The folder's chat template applied to messages. Raises ValueError when it has none."""
-        if self.hf.chat_template is None:
+    def apply_template(
+        self, messages: Sequence[Mapping[str, object]], tools: object, add_generation_prompt: bool
+    ) -> str:
+        """The folder's chat template applied to messages and the tools they may call (None: none).
+
+        Raises ValueError when the folder has no template.
+        """
+        if not self.has_chat_template:
             raise ValueError(f"{self.folder}: this tokenizer has no chat template; add a chat_template.jinja for chat")
         return self.hf.apply_chat_template(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
@@ -194,7 +260,7 @@ class HFTokenizer:
         """One token for display."""
         return self.decode([token_id], skip_control=False)
 
-    def stream_decoder(self, skip_control: bool = True) -> "HFStreamDecoder":
+    def stream_decoder(self, skip_control: bool = True) -> IncrementalDecoder:
         """A decoder for one answer that arrives id by id."""
         return HFStreamDecoder(self, skip_control)
 
@@ -221,7 +287,7 @@ class HFTokenizer:
     def _read_end_ids(self) -> list[int]:
         """The tokenizer's eos, then whatever the generation config names as the end."""
         path = self.folder / "generation_config.json"
-        named: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
         named = [named] if isinstance(named, int) else (named or [])
         own = [] if self.hf.eos_token_id is None else [self.hf.eos_token_id]
         if not own + named:
@@ -230,7 +296,7 @@ class HFTokenizer:
 
     def _find_end_of_turn(self) -> int:
         """The first special token the template writes after an answer (base models' eos is another)."""
-        if self.hf.chat_template is None:
+        if not self.has_chat_template:
             return self.eos_id
         marker = "\U000f0000"
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROPE_TYPES = ("default", "linear", "llama3")
+HFConfig = dict[str, Any]  # a Hugging Face config.json, or an object in it
 
 
 def default_ffn_dim(dim: int) -> int:
@@ -36,7 +37,7 @@ class GPTConfig:
     tie_embeddings: bool = True
     qk_norm: bool = False
     dropout: float = 0.0
-    rope_scaling: dict[str, Any] | None = None  # Hugging Face's keys; types "linear" and "llama3"
+    rope_scaling: HFConfig | None = None  # Hugging Face's keys; types "linear" and "llama3"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
@@ -60,7 +61,20 @@ class GPTConfig:
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
 
-    def to_hf(self) -> dict[str, Any]:
+    def flops_per_token(self, seq_len: int) -> float:
+        """Operations of one token's forward and backward pass: 6 N + 12 L H Q T (PaLM, arXiv:2204.02311, appendix B).
+
+        N are the parameters of matrix products, the head's included and the embedding look-up's not; L layers, H heads
+        of width Q, T = seq_len. The paper's count takes attention as if every token saw all T, which causal masks and
+        packed documents do not: what is reported is a little high. Recomputed activations are not counted.
+        """
+        assert self.head_dim is not None and self.ffn_dim is not None
+        heads = self.n_heads * self.head_dim
+        attention = 2 * self.dim * heads + 2 * self.dim * self.n_kv_heads * self.head_dim
+        matmul = self.n_layers * (attention + 3 * self.dim * self.ffn_dim) + self.dim * self.vocab_size
+        return 6.0 * matmul + 12.0 * self.n_layers * heads * seq_len
+
+    def to_hf(self) -> HFConfig:
         """The contents of config.json: a Llama, or a Qwen3 where qk_norm is set."""
         family = "qwen3" if self.qk_norm else "llama"
         rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
@@ -92,7 +106,7 @@ class GPTConfig:
         }
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> "GPTConfig":
+    def from_hf(cls, hf: HFConfig) -> "GPTConfig":
         """Read config.json of a Llama- or Qwen3-family folder. Raises ValueError for anything else."""
         family = hf.get("model_type")
         if family not in ("llama", "qwen3"):

@@ -9,9 +9,8 @@ Weights are read from safetensors only (a pickle can run code), and every key mu
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -31,16 +30,18 @@ def save_pretrained(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> None:
-    """Write config, weights (float32 as they are trained) and generation settings; each file appears whole or not at all.
+    """Write config, weights (float32 as they are trained) and generation settings.
 
-    `weights` are full tensors by parameter name, for a model that does not hold them itself (a sharded one).
+    Each file appears whole or not at all. `weights` are full tensors by parameter name, for a model that does not hold
+    them itself (a sharded one).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     tokens = {key: value for key, value in tokens.items() if value is not None}
     write_json(folder / "config.json", model.config.to_hf() | tokens)
-    write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.7, "top_p": 0.9} | tokens)
+    sampling: dict[str, object] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    write_json(folder / "generation_config.json", sampling | tokens)
     weights = model.state_dict() if weights is None else weights
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     part = folder / "model.safetensors.part"
@@ -48,7 +49,7 @@ def save_pretrained(
     os.replace(part, folder / "model.safetensors")
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
@@ -112,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: Path) -> safe_open:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; weights are read from safetensors files only")
     try:
@@ -121,7 +122,9 @@ def open_file(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def check_weights(holder: dict[str, Any], wanted: dict[str, tuple[int, ...]], tied: bool, folder: str | Path) -> None:
+def check_weights(
+    holder: dict[str, safe_open], wanted: dict[str, tuple[int, ...]], tied: bool, folder: str | Path
+) -> None:
     """Raise ValueError unless the files hold exactly the wanted weights. What older exports add is let pass: the rotary
     table, which is computed here, and a tied head stored twice (equal)."""
     found = {

@@ -85,7 +85,15 @@ def generate(
     return answers
 
 
-def check_arguments(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty) -> None:
+def check_arguments(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+) -> None:
     if not prompts:
         raise ValueError("no prompt was given")
     for row, prompt in enumerate(prompts):

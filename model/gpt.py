@@ -12,8 +12,9 @@ padding (single-token documents of position 0) and left-padded generation nothin
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -228,11 +229,9 @@ class GPT(nn.Module):
         self.model = Decoder(config)
         # tied: the embedding is the head, and there is no second name for it anywhere, files included
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.init_weights()
-
-    def init_weights(self) -> None:
+        roles = self.roles()
         for name, parameter in self.named_parameters():
-            init_weight(name, parameter, self.config)
+            init_weight(name, parameter, roles[name], config)
 
     @property
     def head_weight(self) -> Tensor:
@@ -241,6 +240,22 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks in order: what is sharded, compiled or recomputed one by one."""
+        return list(self.model.layers)
+
+    def recompute_activations(self, wanted: bool) -> None:
+        """Whether training keeps only what enters a block, and computes the rest again in the backward pass."""
+        self.model.grad_checkpointing = wanted
+
+    def roles(self) -> "dict[str, Role]":
+        """What every parameter is for, by name. It looks at modules, not shapes, so it holds for a sharded model."""
+        return {
+            f"{path}.{name}".removeprefix("."): Role.HEAD if module is self.lm_head else role_in(module, name)
+            for path, module in self.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+        }
 
     def forward(
         self,
@@ -266,29 +281,61 @@ class GPT(nn.Module):
         return chunked_nll(hidden, self.head_weight, labels)
 
 
+class Role(Enum):
+    """What a parameter is for. Weight decay, Muon and first weights follow from it, whoever asks."""
+
+    HIDDEN = "hidden matrix"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    OTHER = "other"  # of a module that is none of ours: learnt by AdamW without decay
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: on matrices that multiply, never on look-ups and scales."""
+        return self in (Role.HIDDEN, Role.HEAD)
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether Muon's orthogonalized update fits: for matrices between hidden states."""
+        return self is Role.HIDDEN
+
+
+def role_in(module: nn.Module, name: str) -> Role:
+    """The role of the parameter of this name that stands directly in a module."""
+    kinds = {nn.Linear: Role.HIDDEN, nn.Embedding: Role.EMBEDDING, RMSNorm: Role.NORM}
+    role = next((role for kind, role in kinds.items() if isinstance(module, kind)), Role.OTHER)
+    return role if name == "weight" else Role.OTHER  # a bias is none of these
+
+
 @torch.no_grad()
-def init_weight(name: str, weight: Tensor, config: GPTConfig, generator: torch.Generator | None = None) -> Tensor:
+def init_weight(
+    name: str, weight: Tensor, role: Role, config: GPTConfig, generator: torch.Generator | None = None
+) -> Tensor:
     """Fill one parameter: normal(0, 0.02), the two matrices that write into the residual stream scaled by
     1/sqrt(2 layers) (GPT-2); norms are 1."""
-    if weight.dim() == 1:
+    if role is Role.NORM or weight.dim() == 1:
         return weight.fill_(1.0)
     into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     return weight.normal_(0.0, 0.02 / math.sqrt(2 * config.n_layers) if into_residual else 0.02, generator=generator)
 
 
 def fresh_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Name and full float32 tensor of every parameter, made one at a time: the same for one seed, whoever holds which part."""
+    """Name and full float32 tensor of every parameter, made one at a time: the same for one seed, whoever holds which
+    part."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
-    for name, shape in shapes.items():
-        yield name, init_weight(name, torch.empty(shape), config, generator)
+        model = GPT(config)
+    roles = model.roles()
+    for name, parameter in model.named_parameters():
+        yield name, init_weight(name, torch.empty(parameter.shape), roles[name], config, generator)
 
 
 def chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(hidden weight^T)[label], float32, 0 where the label is IGNORE.
 
-    (batch, sequence, dim), (vocabulary, dim), (batch, sequence) -> (batch, sequence). Places without a label cost nothing.
+    (batch, sequence, dim), (vocabulary, dim), (batch, sequence) -> (batch, sequence). Places without a label cost
+    nothing.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -301,7 +348,8 @@ def chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 class ChunkedNLL(torch.autograd.Function):
     """Cross-entropy of a linear layer that never holds more than a chunk of the logits.
 
-    The backward pass makes each chunk's logits again and turns them, in place, into their gradient (softmax - onehot) * g.
+    The backward pass makes each chunk's logits again and turns them, in place, into their gradient
+    (softmax - onehot) * g.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""How fast does a stage train here? Its own flags in; real tokens a second beside this machine's matrix-product rate out.
+"""How fast does a stage train here? Its flags in; real tokens a second beside this machine's matrix-product rate out.
 
 python scripts/benchmark.py pretrain --data_path corpus.jsonl --dim 512 --n_layers 8 --dtype bfloat16 --max_steps 5
 
@@ -14,16 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import torch
 
-from dataset import Loader
-from training import DPO, DPOConfig, NextToken, PretrainConfig, SFTConfig, build_engine
+from dataset.loader import PairRows
+from training import STAGES, build_engine
 from training.config import Config
-from training.metrics import flops_per_token, peak_memory_mb
-from training.objectives import Objective
-from training.setup import load_data, run_stage, start_machine, starting_model
-
-STAGES: dict[str, type[Config]] = {"pretrain": PretrainConfig, "full_sft": SFTConfig, "dpo": DPOConfig}
+from training.engines import Machine
+from training.metrics import peak_memory_mb
+from training.setup import Start, load_data, run_stage, start_machine, starting_model
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -44,55 +43,49 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main(config: Config) -> None:
-    machine = start_machine(config)
-    model, weights, tokenizer, config = starting_model(replace(config, init_from="none", val_fraction=0.0))
-    data = load_data(config, tokenizer, machine.world)
-    objective: Objective = DPO(config.beta) if isinstance(config, DPOConfig) else NextToken()
-    engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
-    loader = Loader(
-        data.train, config.batch_size, config.accumulation_steps, machine.world.rank, machine.world.size, config.seed,
-        rows_per_update=config.global_batch_size,
-    )  # fmt: skip
-    last_start = max(1, len(data.train) - loader.rows_per_update + 1)
-    steps = config.max_steps or 5
+def main(asked: Config) -> None:
+    machine = start_machine(asked)
+    start = starting_model(replace(asked, init_from="none", val_fraction=0.0))
+    data, config = load_data(start, machine), start.config
+    for rows in data.rows:
+        if isinstance(rows, PairRows):  # any numbers are as fast
+            rows.reference = np.zeros((rows.n_pairs, 2), dtype=np.float32)
+    objective = STAGES[config.stage].objective(config)
+    engine = build_engine(start.model, config, machine, start.weights)
+    last_start = max(1, data.train.rows_per_epoch - data.train.rows_per_update + 1)
     tokens = weight = 0.0
-    for step in range(steps + 1):
+    for step in range((config.max_steps or 5) + 1):
         if step == 1:
             wait(engine.device)
             began, tokens, weight = time.perf_counter(), 0.0, 0.0
-        batches = loader.update(step * loader.rows_per_update % last_start)
-        _, update_weight = engine.forward_backward(batches, objective)
+        batches = data.train.update(step * data.train.rows_per_update % last_start)
+        totals = engine.forward_backward(batches, objective)
         engine.step(config.learning_rate)
-        tokens += sum(batch.real_tokens for batch in batches) * machine.world.size
-        weight += update_weight
+        tokens += sum(batch.real_tokens for batch in batches) * machine.world.data_size
+        weight += totals.weight
     wait(engine.device)
     seconds = time.perf_counter() - began
     if machine.world.rank == 0:
-        print_result(
-            config,
-            engine.device,
-            machine.dtype,
-            tokens / seconds,
-            weight / seconds,
-            flops_per_token(engine.model.config, config.max_seq_len or 0),
-        )
+        per_second = f", {weight / seconds:.2f} {objective.unit}/s" if objective.unit else ""
+        print_result(start, machine, tokens / seconds, per_second)
 
 
-def print_result(
-    config: Config, device: torch.device, dtype: torch.dtype, speed: float, weight: float, flops: float
-) -> None:
+def print_result(start: Start[Config], machine: Machine, speed: float, weighed: str) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    rate = matmul_rate(device, dtype)
+    config, device, dtype = start.config, machine.device, machine.dtype
+    flops, rate = start.model.config.flops_per_token(start.max_seq_len), matmul_rate(device, dtype)
     print(
-        f"commit {commit or 'unknown'}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {str(dtype).split('.')[1]}"
+        f"commit {commit or 'unknown'}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
+        f"{str(dtype).split('.')[1]}"
     )
     print(
-        f"{config.stage}: dim {config.dim}, {config.n_layers} layers, rows of {config.max_seq_len}, {config.batch_size} x {config.accumulation_steps} rows an update"
+        f"{config.stage}: dim {config.dim}, {config.n_layers} layers, rows of {start.max_seq_len}, "
+        f"{config.batch_size} x {config.accumulation_steps} rows an update"
     )
-    print(f"  {speed:,.0f} real tokens/s" + (f", {weight:.2f} pairs/s" if config.stage == "dpo" else ""))
+    print(f"  {speed:,.0f} real tokens/s{weighed}")
     print(
-        f"  {flops / 1e6:.0f} MFLOP a token: {speed * flops / 1e9:.0f} GFLOP/s, beside {rate / 1e9:.0f} GFLOP/s of a 2048^3 matrix product: {speed * flops / rate:.1%}"
+        f"  {flops / 1e6:.0f} MFLOP a token: {speed * flops / 1e9:.0f} GFLOP/s, beside {rate / 1e9:.0f} GFLOP/s of a "
+        f"2048^3 matrix product: {speed * flops / rate:.1%}"
     )
     print(f"  peak memory {peak_memory_mb(device):,.0f} MB")
 
@@ -100,4 +93,4 @@ def print_result(
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         sys.exit(f"usage: python scripts/benchmark.py {{{','.join(STAGES)}}} [flags of that stage]")
-    run_stage(main, STAGES[sys.argv.pop(1)])
+    run_stage(main, STAGES[sys.argv.pop(1)].config)

@@ -3,7 +3,8 @@
     python scripts/inspect_data.py dataset/sample/sft.jsonl --rows 1
 
     dataset/sample/sft.jsonl:1  23 tokens, 13 supervised
-    <s>|<|user|>|W|ho| are| you|?|<|end|>|<|assistant|>[[I| am| ...|.|<|end|>]]        green instead of [[ ]] on a terminal
+    <s>|<|user|>|W|ho| are| you|?|<|end|>|<|assistant|>[[I| am| ...|.|<|end|>]]        green instead of [[ ]] on a \
+terminal
 
     tokens a row: 1,200 rows, median 61, longest 803
               32 - 63  ######################################## 640 (53.3%)
@@ -13,50 +14,43 @@ Exit status: 0, 1 where there are bad lines, 2 for a wrong flag or a missing fil
 """
 
 import argparse
+import io
 import itertools
 import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DEFAULT_TOKENIZER, DataError, load_tokenizer, render_chat
-from dataset.encode import encode_document
-from dataset.records import STAGES, Row, Stage, expand_paths, read_rows
-from training.scoring import form_of
+from dataset import DEFAULT_TOKENIZER, FORMS, DataError, TextTokenizer, load_tokenizer
+from dataset.forms import Form, Rendered
+from dataset.records import Row, expand_paths, form_of, read_rows
 
 BAR = 40  # characters of the longest bar
-
-
-class Rendered(NamedTuple):
-    """One sequence of a row: the whole row, or one side of a preference pair."""
-
-    name: str  # "", "chosen" or "rejected"
-    ids: list[int]
-    supervised: list[bool]
+BY_STAGE = {form.stage: form for form in FORMS}
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     console = Console(no_color=arguments.no_color or None, highlight=False, soft_wrap=True)
     colour = console.is_terminal and not console.no_color
     try:
         tokenizer = load_tokenizer(arguments.tokenizer)
         paths = expand_paths(arguments.files)
-        stage = arguments.stage or form_of(paths[0])
+        form = BY_STAGE[arguments.stage] if arguments.stage else form_of(paths[0])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     bad: list[str] = []
     lengths: dict[str, list[int]] = {}
     supervised = tokens = 0
-    for number, (row, sequences) in enumerate(rendered_rows(paths, stage, tokenizer, bad)):
+    for number, (row, sequences) in enumerate(rendered_rows(paths, form, tokenizer, bad)):
         for sequence in sequences:
             lengths.setdefault(sequence.name, []).append(len(sequence.ids))
             tokens += len(sequence.ids)
@@ -64,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             if number < arguments.rows:
                 show(console, tokenizer, row, sequence, arguments.max_seq_len, colour)
     for name, values in lengths.items():
-        console.print("\n".join(histogram(values, name, stage, arguments.max_seq_len)), markup=False)
+        console.print("\n".join(histogram(values, name, form, arguments.max_seq_len)), markup=False)
     if tokens:
         console.print(f"{tokens:,} tokens, {supervised:,} of them supervised ({supervised / tokens:.1%})", markup=False)
     console.print(f"{len(bad):,} bad lines{':' if bad else ''}", style="bold red" if bad else None)
@@ -79,7 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="files or globs (.jsonl, .jsonl.gz, .jsonl.zst)")
     parser.add_argument(
-        "--stage", type=lambda name: "full_sft" if name == "sft" else name, choices=STAGES,
+        "--stage", type=lambda name: "full_sft" if name == "sft" else name, choices=tuple(BY_STAGE),
         help="what the rows are for (sft is full_sft); by default as the first row looks",
     )  # fmt: skip
     parser.add_argument("--rows", type=int, default=3, help="rows shown, of the first [3]")
@@ -94,39 +88,30 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def rendered_rows(
-    paths: list[str], stage: Stage, tokenizer: Any, bad: list[str]
+    paths: list[str], form: Form, tokenizer: TextTokenizer, bad: list[str]
 ) -> Iterator[tuple[Row, list[Rendered]]]:
     """Every good row with its sequences; the messages about bad ones go into `bad`, in the order of the files."""
     for path in paths:
         try:
-            for row in read_rows([path], stage, "skip", bad):
+            for row in read_rows([path], form, "skip", bad):
                 try:
-                    yield row, render(tokenizer, stage, row.value)
+                    yield row, form.render(row.value, tokenizer)
                 except ValueError as error:
                     bad.append(f"{row.where}: {error}")
         except DataError as error:  # nothing in the file, or damaged compression
             bad.append(str(error))
 
 
-def render(tokenizer: Any, stage: Stage, row: dict[str, Any]) -> list[Rendered]:
-    """A row's sequences, not cut. Raises ValueError for messages that cannot be rendered."""
-    if stage == "pretrain":
-        ids = encode_document(tokenizer, tokenizer.encode(row["text"]))
-        return [Rendered("", ids, [False] + [True] * (len(ids) - 1))]
-    if stage == "full_sft":
-        return [Rendered("", *render_chat(tokenizer, row["conversations"]))]
-    prompt = len(render_chat(tokenizer, row["chosen"][:-1], add_generation_prompt=True).ids)
-    sides = {side: render_chat(tokenizer, row[side]).ids for side in ("chosen", "rejected")}
-    return [Rendered(side, ids, [i >= prompt for i in range(len(ids))]) for side, ids in sides.items()]
-
-
 # What is shown --------------------------------------------------------------------------------------------------
 
 
-def show(console: Console, tokenizer: Any, row: Row, sequence: Rendered, max_seq_len: int, colour: bool) -> None:
+def show(
+    console: Console, tokenizer: TextTokenizer, row: Row, sequence: Rendered, max_seq_len: int, colour: bool
+) -> None:
     """The tokens of one sequence, as far as a training row reaches."""
     supervised = sum(sequence.supervised)
-    head = f"{row.where}  {sequence.name + ', ' if sequence.name else ''}{len(sequence.ids):,} tokens, {supervised:,} supervised"
+    name = f"{sequence.name}, " if sequence.name else ""
+    head = f"{row.where}  {name}{len(sequence.ids):,} tokens, {supervised:,} supervised"
     console.print(head, style="bold", markup=False)
     limit = max_seq_len + 1  # so many tokens make max_seq_len pairs of input and label
     console.print(marked(tokenizer, sequence.ids[:limit], sequence.supervised[:limit], colour))
@@ -137,7 +122,7 @@ def show(console: Console, tokenizer: Any, row: Row, sequence: Rendered, max_seq
     console.print()
 
 
-def marked(tokenizer: Any, ids: list[int], supervised: list[bool], colour: bool) -> Text:
+def marked(tokenizer: TextTokenizer, ids: list[int], supervised: list[bool], colour: bool) -> Text:
     """Tokens as text: shades alternate from token to token, supervised ones are green; or with | and [[ ]]."""
     text = Text()
     if colour:
@@ -151,29 +136,27 @@ def marked(tokenizer: Any, ids: list[int], supervised: list[bool], colour: bool)
     return text
 
 
-def visible(tokenizer: Any, token: int) -> str:
+def visible(tokenizer: TextTokenizer, token: int) -> str:
     """A token's text, with signs for what would move or hide something on a terminal."""
     text = tokenizer.token_text(token).replace("\n", "⏎\n").replace("\t", "→\t").replace("\r", "␍")
     return "".join(c if c.isprintable() or c in "\n\t" else f"<U+{ord(c):04X}>" for c in text)
 
 
-def histogram(lengths: list[int], name: str, stage: Stage, max_seq_len: int) -> list[str]:
+def histogram(lengths: list[int], name: str, form: Form, max_seq_len: int) -> list[str]:
     """Lines of text: how many rows are how long, in doublings.
 
     [3, 5, 6] -> ["tokens a row: 3 rows, median 5, longest 6", "2 - 3  ### 1 (33.3%)", "4 - 7  ###### 2 (66.7%)", ...]
     """
     bins = [length.bit_length() for length in lengths]
     counts = {size: bins.count(size) for size in range(min(bins), max(bins) + 1)}
-    lines = [
-        f"{name or 'tokens a row'}: {len(lengths):,} rows, median {statistics.median_low(lengths):,}, longest {max(lengths):,}"
-    ]
+    median, longest = statistics.median_low(lengths), max(lengths)
+    lines = [f"{name or 'tokens a row'}: {len(lengths):,} rows, median {median:,}, longest {longest:,}"]
     for size, count in counts.items():
         span = f"{2 ** (size - 1):,} - {2**size - 1:,}"
         bar = "#" * round(BAR * count / max(counts.values()))
         lines.append(f"  {span:>17}  {bar} {count:,} ({count / len(lengths):.1%})")
     over = sum(length > max_seq_len + 1 for length in lengths)
-    fate = "split, nothing is lost" if stage == "pretrain" else "cut, or dropped where no answer is left"
-    lines.append(f"  {over:,} rows are longer than --max_seq_len {max_seq_len}{': ' + fate if over else ''}")
+    lines.append(f"  {over:,} rows are longer than --max_seq_len {max_seq_len}{': ' + form.too_long if over else ''}")
     return lines
 
 

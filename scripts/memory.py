@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -25,14 +25,18 @@ from torch.distributed.tensor import DTensor
 
 from dataset.batch import Batch
 from training import NextToken, PretrainConfig, build_engine
-from training.engines import SingleEngine
+from training.engines import Engine
 from training.metrics import peak_memory_mb
 from training.setup import run_stage, start_machine, starting_model
+
+if TYPE_CHECKING:  # DeepSpeed is an extra
+    from training.engines.deepspeed import ZeroEngine
 
 Storages = dict[int, int]  # address -> bytes
 
 
-def storages(tensors: Iterable[Any]) -> Storages:
+def storages(tensors: Iterable[object]) -> Storages:
+    """The storages of the dense tensors among these, of a DTensor its local part; anything else is passed over."""
     found: Storages = {}
     for tensor in tensors:
         if isinstance(tensor, DTensor):
@@ -43,43 +47,44 @@ def storages(tensors: Iterable[Any]) -> Storages:
     return found
 
 
-def live(engine: SingleEngine) -> Storages:
+def live(engine: Engine) -> Storages:
     """Every tensor Python can reach; gradients live in C++ until they are asked for."""
     kept = [parameter.grad for parameter in engine.model.parameters()]
     gc.collect()
     return storages([*kept, *(thing for thing in gc.get_objects() if isinstance(thing, Tensor))])
 
 
-def parameters_of(engine: SingleEngine) -> Storages:
+def parameters_of(engine: Engine) -> Storages:
     parts = [getattr(parameter, "ds_tensor", None) for parameter in engine.model.parameters()]  # ZeRO-3's own part
     return storages([*engine.model.parameters(), *parts])
 
 
-def optimizer_of(engine: SingleEngine) -> Storages:
+def optimizer_of(engine: Engine) -> Storages:
     """Moments, and master copies where the optimizer works on other tensors than the model's."""
-    tensors: list[Any] = [piece for piece, _ in engine.pieces()] if partitioned(engine) else []  # type: ignore[attr-defined]
+    tensors: list[object] = [shard for shard, _ in engine.shards()] if partitioned(engine) else []
     for optimizer in engine.optimizers:
         tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
         tensors += [value for state in optimizer.state.values() for value in state.values()]
     return storages(tensors)
 
 
-def gradients_of(engine: SingleEngine) -> Storages:
+def gradients_of(engine: Engine) -> Storages:
     """Those on the parameters, and ZeRO-3's buffer, which stays between updates."""
     buffer = getattr(engine.network.optimizer, "grad_partitions_flat_buffer", None) if partitioned(engine) else None
     return storages([buffer, *(parameter.grad for parameter in engine.model.parameters())])
 
 
-def partitioned(engine: SingleEngine) -> bool:
+def partitioned(engine: Engine) -> "TypeGuard[ZeroEngine]":
+    """Whether its optimizer works on flat shards of the parameters."""
     return engine.name == "deepspeed" and stage_of(engine) > 0
 
 
-def stage_of(engine: SingleEngine) -> int:
+def stage_of(engine: Engine) -> int:
     """The ZeRO stage an engine amounts to."""
     return {"single": 0, "ddp": 0, "fsdp": 3}.get(engine.name, getattr(engine, "stage", 0))
 
 
-def measure(engine: SingleEngine) -> dict[str, int]:
+def measure(engine: Engine) -> dict[str, int]:
     ids = torch.arange(16).expand(1, 16)
     batch = Batch(ids, ids + 1, ids, [0], 16, 16)
     for _ in range(2):  # the first update makes the optimizer's state
@@ -97,14 +102,13 @@ def measure(engine: SingleEngine) -> dict[str, int]:
     return {name: sum(part.values()) for name, part in named.items()}
 
 
-def formula(engine: SingleEngine, shards: int, stage: int, n: int) -> dict[str, float]:
-    """Bytes a rank by the paper: parameters, gradients and K of optimizer state, each divided by the ranks that share it."""
-    mixed = (
-        engine.name == "deepspeed" and engine.dtype != torch.float32
-    )  # 16-bit parameters and gradients beside masters
+def formula(engine: Engine, shards: int, stage: int, n: int) -> dict[str, float]:
+    """Bytes a rank by the paper: parameters, gradients and optimizer state, each divided by the ranks that share it."""
+    deepspeed = engine.name == "deepspeed"
+    mixed = deepspeed and engine.dtype != torch.float32  # 16-bit parameters and gradients beside masters
     size = 2 if mixed else 4
     # Adam's two moments; DeepSpeed keeps a float32 master copy as well, in float32 too once it partitions
-    optimizer = 8 + (4 if mixed or (engine.name == "deepspeed" and stage) else 0)
+    optimizer = 8 + (4 if mixed or (deepspeed and stage) else 0)
     return {
         "parameters": size * n / (shards if stage >= 3 else 1),
         "gradients": size * n / (shards if stage >= 2 else 1),
@@ -114,23 +118,21 @@ def formula(engine: SingleEngine, shards: int, stage: int, n: int) -> dict[str, 
 
 def main(config: PretrainConfig) -> None:
     machine = start_machine(config)
-    model, weights, _, config = starting_model(replace(config, init_from="none"))
-    n = model.num_parameters()
-    engine = build_engine(model, config, machine.device, machine.dtype, machine.world, weights)
+    start = starting_model(replace(config, init_from="none"))
+    n = start.model.num_parameters()
+    engine = build_engine(start.model, start.config, machine, start.weights)
     measured = measure(engine)
     shards = machine.world.local_size if config.hsdp else machine.world.size
     expected = formula(engine, shards, stage_of(engine), n)
     if machine.world.rank == 0:
         name = engine.name if engine.name != "deepspeed" else f"deepspeed ZeRO-{stage_of(engine)}"
-        print(
-            f"{name}, {machine.world.size} ranks, {n:,} parameters, {str(machine.dtype).split('.')[1]}, bytes on rank 0:"
-        )
+        dtype = str(machine.dtype).split(".")[1]
+        print(f"{name}, {machine.world.size} ranks, {n:,} parameters, {dtype}, bytes on rank 0:")
         for part, size in measured.items():
             beside = f"  formula {expected[part]:>15,.0f}" if part in expected else ""
             print(f"  {part:<11} {size:>15,}{beside}")
-        print(
-            f"  {'state':<11} {sum(measured[part] for part in expected):>15,}  formula {sum(expected.values()):>15,.0f}"
-        )
+        state = sum(measured[part] for part in expected)
+        print(f"  {'state':<11} {state:>15,}  formula {sum(expected.values()):>15,.0f}")
         print(json.dumps({"engine": name, "ranks": machine.world.size, "measured": measured, "formula": expected}))
         print(f"  peak memory of the process {peak_memory_mb(engine.device):,.0f} MB")
 

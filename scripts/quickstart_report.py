@@ -1,7 +1,9 @@
 """What the quickstart's three stages did: model folders in, one table, two answers and the next line to type out.
 
-    out/quickstart/{pretrain,full_sft,dpo}_128  ->  stage      seconds   bits per byte   exact match   preference accuracy
-                                                    pretrain       240            0.21         0.0 %                48.4 %
+    out/quickstart/{pretrain,full_sft,dpo}_128  ->  \
+stage      seconds   bits per byte   exact match   preference accuracy
+                                                    \
+pretrain       240            0.21         0.0 %                48.4 %
                                                     ...
 
 Everything is measured on rows that no stage was trained on (dataset/sample/make_sample.py says how they are kept out).
@@ -12,6 +14,7 @@ Exits with 1 where a goal of the quickstart is missed.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dataset import load_tokenizer, render_chat
-from dataset.records import STAGES
+from evaluation.scoring import Result, score_file
 from model import GPT, generate, load_pretrained
-from training.scoring import Result, score_file
+from training import STAGES
 
 SAMPLE = Path(__file__).parent.parent / "dataset" / "sample"
-MEASURED = {  # file of held-out rows -> (number of training.scoring, title of its column)
+MEASURED = {  # file of held-out rows -> (number of evaluation.scoring, title of its column)
     "pretrain_heldout.jsonl": ("bits_per_byte", "bits per byte"),
     "questions.jsonl": ("exact_match", "exact match"),
     "dpo_heldout.jsonl": ("accuracy", "preference accuracy"),
@@ -65,7 +68,7 @@ def newest(out_dir: Path, stage: str) -> Path:
 
 
 def measure(folder: Path) -> Result:
-    """The three numbers of one model, by their names in training.scoring."""
+    """The three numbers of one model, by their names in evaluation.scoring."""
     model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
     results = {
         name: score_file(model, tokenizer, SAMPLE / name, batch_size=64, max_new_tokens=LONGEST_ANSWER)
@@ -83,7 +86,7 @@ def answer(folder: Path, prompt: str) -> str:
     return tokenizer.decode(found.ids)
 
 
-def table(scores: list[Result], seconds: list) -> Table:
+def table(scores: list[Result], seconds: Sequence[int | str]) -> Table:
     """One line a stage; a number is bold where the stage was trained for it."""
     grid = Table("stage", "seconds", *(title for _, title in MEASURED.values()))
     for column in grid.columns[1:]:

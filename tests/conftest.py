@@ -13,10 +13,22 @@ import torch
 
 from dataset import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
 from dataset.encode import Encoded, Report
-from dataset.records import Stage
 from model import GPT, GPTConfig
+from tests.helpers import CORES, run_on
 
 torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A core for each worker. Training here would else start a thread a core, and threads that wait for each other, each
+    # for its turn on a core that others use too, take ten times as long.
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    run_on([CORES[number % len(CORES)]])
+
+FIRST = ("invariant", "e2e", "resume")  # folders of long modules: begun late, one would keep the other worker waiting
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.parent.name) if item.path.parent.name in FIRST else len(FIRST))
+
 
 TINY = {"vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 48, "max_seq_len": 64}
 
@@ -30,7 +42,7 @@ def spread_weights(model: torch.nn.Module, seed: int = 0) -> None:
         parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else 0.3 * noise)
 
 
-def encoded(stage: Stage, **columns: list) -> Encoded:
+def encoded(**columns: list) -> Encoded:
     """Columns as `encode_files` makes them, in two chunks where there is more than one row."""
     ids = datasets.List(datasets.Value("uint16"))
     kinds = {"spans": datasets.List(datasets.Value("int32")), "prompt": datasets.Value("int32")}
@@ -41,7 +53,7 @@ def encoded(stage: Stage, **columns: list) -> Encoded:
         datasets.Dataset.from_dict({name: values[half] for name, values in columns.items()}, features=features)
         for half in halves
     ]
-    return Encoded(datasets.concatenate_datasets(parts), Report(used=rows), "made by hand", stage)
+    return Encoded(datasets.concatenate_datasets(parts), Report(used=rows), "made by hand")
 
 
 @pytest.fixture

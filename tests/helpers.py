@@ -1,33 +1,31 @@
 """Runs the real entry scripts in real processes, on small data made here."""
 
+import importlib
+import io
 import json
 import os
 import random
+import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from dataset.records import SCRIPT
+from dataset import FORMS
+from training import STAGES, load_config
 
 ROOT = Path(__file__).parent.parent
-TINY = [
-    "--n_layers",
-    "2",
-    "--n_heads",
-    "4",
-    "--n_kv_heads",
-    "2",
-    "--max_seq_len",
-    "64",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-]
-WORDS = ["the", "a", "red", "blue", "small", "old", "cat", "dog", "fox", "bird", "sees", "likes", "finds", "near",
-         "under", "house", "tree", "river", "and", "then", "again", "猫", "狗", "看见", "喜欢", "红色", "房子"]  # fmt: skip
+FORM_OF = {form.stage: form for form in FORMS}
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+PLAIN = ["--device", "cpu", "--dtype", "float32"]  # what `auto` picks depends on the machine
+TINY = ["--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "64", *PLAIN]
+WORDS = (
+    "the", "a", "red", "blue", "small", "old", "cat", "dog", "fox", "bird", "sees", "likes", "finds", "near", "under",
+    "house", "tree", "river", "and", "then", "again", "猫", "狗", "看见", "喜欢", "红色", "房子",
+)  # fmt: skip
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -56,6 +54,26 @@ def make_data(folder: Path, rows: int = 60, seed: int = 0) -> dict[str, Path]:
     }
 
 
+def run_on(cores: list[int]) -> None:
+    """Keep this process, and those it starts from now on, to some cores, where the system can do that."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Processes started in here may use every core, though a worker of xdist keeps to one."""
+    if not hasattr(os, "sched_getaffinity"):
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -74,7 +92,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(stage: str, *flags: Any) -> list[str]:
-    return [sys.executable, str(ROOT / SCRIPT[stage]), *map(str, flags)]
+    return [sys.executable, str(ROOT / STAGES[stage].script), *map(str, flags)]
 
 
 def run(
@@ -118,18 +136,19 @@ def launched(
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks // nodes), *meet]
     command = [*launcher, str(script), *map(str, arguments)]
     env = environment(PATH=f"{folder}:{os.environ['PATH']}")
-    others = [
-        subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(nodes - 1)
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    with all_cores():
+        others = [
+            subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for _ in range(nodes - 1)
+        ]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert all(other.wait(60) == 0 for other in others)
     return done
 
 
 def train_many(folder: Path, runs: list[tuple[str, list[Any]]], ranks: int = 2, **how: Any) -> str:
-    """Several runs of entry scripts (stage, flags), one after the other in the same launched processes; what they said."""
+    """Several runs of entry scripts (stage, flags), one after the other in the same processes; what they said."""
     plan = folder / f"runs-{free_port()}.json"
     plan.write_text(json.dumps([[stage, [str(flag) for flag in flags]] for stage, flags in runs]))
     done = launched(ROOT / "tests/train_many.py", plan, ranks=ranks, **how)
@@ -138,23 +157,31 @@ def train_many(folder: Path, runs: list[tuple[str, list[Any]]], ranks: int = 2, 
 
 def train_here(stage: str, *flags: Any) -> None:
     """Run one entry script's main in this process, which saves the seconds that importing torch takes."""
-    import train_dpo
-    import train_full_sft
-    import train_pretrain
-    from training import DPOConfig, PretrainConfig, SFTConfig, load_config
+    tools = {"memory": ("scripts.memory", STAGES["pretrain"].config)}  # run by a launcher too, with a stage's flags
+    stages = {name: (each.script.removesuffix(".py"), each.config) for name, each in STAGES.items()}
+    module, config = (tools | stages)[stage]
+    importlib.import_module(module).main(load_config(config, [str(flag) for flag in flags]))
 
-    main, config = {
-        "pretrain": (train_pretrain.main, PretrainConfig),
-        "full_sft": (train_full_sft.main, SFTConfig),
-        "dpo": (train_dpo.main, DPOConfig),
-    }[stage]
-    main(load_config(config, [str(flag) for flag in flags]))  # type: ignore[operator,arg-type]
+
+def run_here(stage: str, *flags: Any) -> subprocess.CompletedProcess[str]:
+    """Run one entry script as `python SCRIPT flags` would, in this process: what it said, and its exit status."""
+    argv = command(stage, *flags)[1:]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    before, sys.argv = sys.argv, argv
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
 
 
 def train_start(folder: Path) -> None:
     """Data, and a model of the two stages before, for `stage_flags` to start from."""
     data = make_data(folder)
-    flags = ["--dim", 32, "--out_dir", folder / "start", "--cache_dir", folder / "cache", "--max_steps", 3]
+    flags = ["--dim", 32, "--out_dir", folder / "start", "--cache_dir", folder / "cache", "--max_steps", 3, *PLAIN]
     train_here("pretrain", "--data_path", data["pretrain"], *flags, *TINY)
     train_here("full_sft", "--data_path", data["full_sft"], *flags)
 
@@ -168,7 +195,7 @@ def stage_flags(base: Path, stage: str, out: Path) -> list[Any]:
         "dpo": ["--init_from", base / "start/full_sft_32"],
     }[stage]
     folders = ["--data_path", base / data, "--out_dir", out, "--cache_dir", base / "cache"]
-    return [*folders, "--dim", 32, "--log_interval", 1, *start]
+    return [*folders, "--dim", 32, "--log_interval", 1, *PLAIN, *start]
 
 
 def metrics(out_dir: Path, stage: str, dim: int = 32) -> list[dict[str, Any]]:

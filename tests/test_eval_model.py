@@ -16,8 +16,8 @@ import torch
 
 import eval_model
 from dataset import DEFAULT_TOKENIZER, load_tokenizer, render_chat
-from eval_model import Session, parse_answer
 from model import GPT, GPTConfig, generate, load_pretrained, save_pretrained
+from serving import Session
 from tests.dataset.foreign import CHATML, make_foreign_folder
 from tests.helpers import ROOT
 from tests.memorised import CALL, CONVERSATIONS, make_memorised, user
@@ -35,7 +35,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def session(out: Path) -> Session:
-    return Session(load_pretrained(out / "full_sft_48"), load_tokenizer(out / "full_sft_48"), GREEDY)
+    folder = out / "full_sft_48"
+    return Session(load_pretrained(folder), load_tokenizer(folder), GREEDY, notice=eval_model.tell)
 
 
 def copy(source: Path, target: Path, age: float = 0.0) -> None:
@@ -199,16 +200,6 @@ def test_history_is_rendered_as_in_training(session, messages):
             list(session.answer(message["content"]))
     rendered = render_chat(session.tokenizer, messages).ids
     assert session.prompt("next")[0][: len(rendered)] == rendered
-
-
-def test_answers_become_messages():
-    assert parse_answer("<think>2+2</think>4") == {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
-    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
-    assert parse_answer(f"a{call}{call}") == {
-        "role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": {}}] * 2,
-    }  # fmt: skip
-    for text in ("<tool_call>{broken</tool_call>", "<tool_call>3</tool_call>", "<think>endless", ""):
-        assert parse_answer(text) == {"role": "assistant", "content": text}
 
 
 def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_prompt(session, capsys):

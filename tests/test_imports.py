@@ -11,13 +11,15 @@ import pytest
 from tests.helpers import ROOT
 
 ENTRIES = {"train_pretrain", "train_full_sft", "train_dpo", "eval_model"}
-OURS = {"model", "dataset", "training", "scripts", "tests"} | ENTRIES
+OURS = {"model", "dataset", "evaluation", "serving", "training", "scripts", "tests"} | ENTRIES
 MAY_IMPORT = {
     "model": {"model"},
     "dataset": {"dataset"},
-    "training": {"training", "model", "dataset"},
-    "scripts": {"scripts", "training", "model", "dataset"},
-    "entry": {"training", "model", "dataset"},
+    "evaluation": {"evaluation", "model", "dataset"},
+    "serving": {"serving", "evaluation", "model", "dataset"},
+    "training": {"training", "evaluation", "model", "dataset"},
+    "scripts": {"scripts", "training", "serving", "evaluation", "model", "dataset"},
+    "entry": {"training", "serving", "evaluation", "model", "dataset"},
 }
 SPREADING = ("torch.distributed", "deepspeed")  # how it is spread is done from outside
 

@@ -23,7 +23,7 @@ import torch
 import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
 
-from training.engines.single import SingleEngine
+from training.engines.contract import Engine
 
 COMPLETE = "COMPLETE"
 Hashes = dict[str, str]  # of files, by their path in the checkpoint
@@ -38,7 +38,7 @@ class Saving:
 
     def __init__(
         self,
-        engine: SingleEngine,
+        engine: Engine,
         folder: Path,
         run: dict[str, Any],
         keep_last: int,
@@ -91,7 +91,7 @@ class Saving:
         return self.work.done()
 
     def published(self) -> bool:
-        """Go a step further; True when there is nothing left to do. `problem` then says, on every rank, what went wrong.
+        """Go a step further; True when nothing is left to do. `problem` then says, on every rank, what went wrong.
 
         After a failure nothing is left of the new checkpoint and the earlier ones stand.
         """
@@ -116,7 +116,7 @@ class Saving:
         return True
 
 
-def first_of_all(engine: SingleEngine, problem: str | None) -> str | None:
+def first_of_all(engine: Engine, problem: str | None) -> str | None:
     """The problem of the first rank that has one, on every rank."""
     return next(filter(None, engine.gather(problem)), None)
 
@@ -206,7 +206,7 @@ def find(resume: str, checkpoints: Path, say: Callable[[str], None]) -> Path | N
     return None
 
 
-def share_folder(engine: SingleEngine, folder: Path) -> None:
+def share_folder(engine: Engine, folder: Path) -> None:
     """Make a run's folder, and make sure that every node sees the same one. Raises ValueError where one does not."""
     folder.mkdir(parents=True, exist_ok=True)
     if engine.world.size == engine.world.local_size:
@@ -221,11 +221,12 @@ def share_folder(engine: SingleEngine, folder: Path) -> None:
         mark.unlink()
     if not all(seen):
         raise ValueError(
-            f"rank {seen.index(False)} does not see rank 0's {folder.absolute()}; every node writes its part of a checkpoint, so --out_dir must be on a disk that all share"
+            f"rank {seen.index(False)} does not see rank 0's {folder.absolute()}; every node writes its part of a "
+            "checkpoint, so --out_dir must be on a disk that all share"
         )
 
 
-def load(engine: SingleEngine, folder: Path) -> dict[str, Any]:
+def load(engine: Engine, folder: Path) -> dict[str, Any]:
     """Put weights, optimizer and random state back; returns run.json."""
     engine.load(folder / "state")
     mine = folder / f"rng_{engine.world.rank}.pt"

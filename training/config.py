@@ -5,6 +5,7 @@
 
 Flat names, the same on the command line and in YAML; a flag after --config overrides the file. An unknown name fails
 and the nearest one is named. `None` means "not given": shapes then come from the model folder or from GPTConfig.
+What all stages share stands here; what one stage has of its own stands beside its objective.
 """
 
 import argparse
@@ -18,17 +19,56 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-SHAPE_FLAGS = (
-    "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "rope_theta", "norm_eps", "tie_embeddings", "qk_norm",
-)  # fmt: skip
 SAMPLE = str(Path(__file__).parent.parent / "dataset" / "sample")
 
 
-def flag(default: Any, text: str, group: str) -> Any:
-    metadata = {"help": text, "group": group}
+@dataclass(frozen=True)
+class Rule:
+    """What holds for a flag; it stands beside the flag and nowhere else."""
+
+    help: str
+    group: str
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    shape: bool = False  # of the model: a starting folder decides it, and a flag may not contradict
+    # a change since the checkpoint: breaks the run and is refused, is worth a note, or does not matter
+    resume: Literal["refuse", "note", "free"] = "free"
+    by_node: bool = False  # whether nodes may differ in it: folders, a device's name
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ValueError for a value out of range; so written, it stops "not a number" as well."""
+        bounds = {
+            f"at least {self.at_least}": self.at_least is None or value >= self.at_least,
+            f"more than {self.above}": self.above is None or value > self.above,
+            f"less than {self.below}": self.below is None or value < self.below,
+        }
+        if not all(bounds.values()):
+            expected = " and ".join(text for text in bounds if not text.endswith("None"))
+            if None not in (self.at_least, self.below):
+                expected = f"in [{self.at_least}, {self.below})"
+            raise ValueError(f"--{name} is {value}; it must be {expected}")
+
+
+def flag(default: Any, text: str = "", group: str = "", *, like: str = "", **rule: Any) -> Any:
+    """A flag with its rule; or, `like` one that all stages have, with another default (and help, where given)."""
+    if like:
+        rule = vars(rules(Config)[like]) | ({"help": text} if text else {})
+    else:
+        rule |= {"help": text, "group": group}
+    metadata = {"rule": Rule(**rule)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def shape_flag(text: str) -> Any:
+    return flag(None, text, "model", shape=True, resume="refuse")
+
+
+def rules(config: "Config | type[Config]") -> dict[str, Rule]:
+    """Every flag's rule, by name."""
+    return {f.name: f.metadata["rule"] for f in fields(config)}
 
 
 @dataclass(kw_only=True)
@@ -37,64 +77,83 @@ class Config:
 
     stage: ClassVar[str]
     previous: ClassVar[str | None] = None  # the stage whose model this one starts from
+    chats: ClassVar[bool] = True  # whether its model is asked, or has a text to go on with
 
-    data_path: list[str] = flag([], "training files or globs (.jsonl, .jsonl.gz, .jsonl.zst)", "files")
-    val_path: list[str] = flag([], "validation files; without them val_fraction of the documents is held out", "files")
-    val_fraction: float = flag(0.01, "share of documents held out by their hash (0: none)", "files")
+    data_path: list[str] = flag([], "training files or globs (.jsonl, .jsonl.gz, .jsonl.zst)", "files", by_node=True)
+    val_path: list[str] = flag(
+        [], "validation files; without them val_fraction of the documents is held out", "files", by_node=True
+    )
+    val_fraction: float = flag(
+        0.01, "share of documents held out by their hash (0: none)", "files", at_least=0, below=1
+    )
     on_bad_row: Literal["stop", "skip"] = flag(
         "stop", "what to do about a row that cannot be used; skipped ones are counted and listed", "files"
     )
-    cache_dir: str = flag(".cache/seedling", "where tokenized data is kept", "files")
-    out_dir: str = flag("out", "run folders {stage}_{dim} live here", "files")
-    init_from: str | None = flag(None, "model folder to start from, or none for random weights", "files")
+    cache_dir: str = flag(".cache/seedling", "where tokenized data is kept", "files", by_node=True)
+    out_dir: str = flag("out", "run folders {stage}_{dim} live here", "files", by_node=True)
+    init_from: str | None = flag(None, "model folder to start from, or none for random weights", "files", by_node=True)
     tokenizer: str | None = flag(
-        None, "folder of the tokenizer; by default the one of init_from, else the shipped one", "files"
+        None, "folder of the tokenizer; by default the one of init_from, else the shipped one", "files", by_node=True
     )
     resume: str = flag(
         "auto", "auto (newest whole checkpoint of this run), a checkpoint folder, or none (start over)", "files"
     )
 
-    dim: int | None = flag(None, "width", "model")
-    n_layers: int | None = flag(None, "blocks", "model")
-    n_heads: int | None = flag(None, "query heads", "model")
-    n_kv_heads: int | None = flag(None, "key and value heads", "model")
-    ffn_dim: int | None = flag(None, "SwiGLU width; by default 8/3 dim rounded up to a multiple of 64", "model")
-    vocab_size: int | None = flag(None, "rows of the embedding; by default the tokenizer's", "model")
-    max_seq_len: int | None = flag(None, "tokens a row, and the model's context", "model")
-    rope_theta: float | None = flag(None, "base of the rotary angles", "model")
-    norm_eps: float | None = flag(None, "epsilon of RMSNorm", "model")
-    tie_embeddings: bool | None = flag(None, "one matrix for embedding and head", "model")
-    qk_norm: bool | None = flag(None, "RMSNorm on queries and keys (Qwen3)", "model")
-    dropout: float = flag(0.0, "dropout in attention and residual branches", "model")
+    dim: int | None = shape_flag("width")
+    n_layers: int | None = shape_flag("blocks")
+    n_heads: int | None = shape_flag("query heads")
+    n_kv_heads: int | None = shape_flag("key and value heads")
+    ffn_dim: int | None = shape_flag("SwiGLU width; by default 8/3 dim rounded up to a multiple of 64")
+    vocab_size: int | None = shape_flag("rows of the embedding; by default the tokenizer's")
+    max_seq_len: int | None = flag(None, "tokens a row, and the model's context", "model", at_least=1, resume="refuse")
+    rope_theta: float | None = shape_flag("base of the rotary angles")
+    norm_eps: float | None = shape_flag("epsilon of RMSNorm")
+    tie_embeddings: bool | None = shape_flag("one matrix for embedding and head")
+    qk_norm: bool | None = shape_flag("RMSNorm on queries and keys (Qwen3)")
+    dropout: float = flag(
+        0.0, "dropout in attention and residual branches", "model", at_least=0, below=1, resume="note"
+    )
 
-    epochs: float = flag(1.0, "passes over the data", "optimization")
-    max_steps: int = flag(0, "optimizer steps; overrides epochs (0: off)", "optimization")
-    batch_size: int = flag(16, "rows a process a micro-batch: lower it when memory runs out", "optimization")
-    accumulation_steps: int = flag(1, "micro-batches an update", "optimization")
+    epochs: float = flag(1.0, "passes over the data", "optimization", above=0, resume="note")
+    max_steps: int = flag(0, "optimizer steps; overrides epochs (0: off)", "optimization", at_least=0, resume="note")
+    batch_size: int = flag(
+        16, "rows a process a micro-batch: lower it when memory runs out", "optimization", at_least=1, resume="note"
+    )
+    accumulation_steps: int = flag(1, "micro-batches an update", "optimization", at_least=1, resume="note")
     global_batch_size: int = flag(
         0,
         "rows an update over all processes, kept whatever their number; sets accumulation_steps (0: off)",
         "optimization",
+        at_least=0,
+        resume="note",
     )
-    learning_rate: float = flag(1e-3, "peak learning rate", "optimization")
-    min_lr: float | None = flag(None, "final learning rate; by default a tenth of learning_rate", "optimization")
-    warmup_steps: int | None = flag(None, "linear warm-up; by default 2 %% of the steps, at most 200", "optimization")
+    learning_rate: float = flag(1e-3, "peak learning rate", "optimization", above=0, resume="note")
+    min_lr: float | None = flag(
+        None, "final learning rate; by default a tenth of learning_rate", "optimization", at_least=0, resume="note"
+    )
+    warmup_steps: int | None = flag(
+        None, "linear warm-up; by default 2 %% of the steps, at most 200", "optimization", at_least=0, resume="note"
+    )
     lr_schedule: Literal["cosine", "wsd"] = flag(
-        "cosine", "after warm-up: cosine, or stable then linear decay (wsd)", "optimization"
+        "cosine", "after warm-up: cosine, or stable then linear decay (wsd)", "optimization", resume="note"
     )
-    decay_fraction: float = flag(0.2, "share of the steps in which wsd decays", "optimization")
-    weight_decay: float = flag(0.1, "on matrices only, never on embeddings and norms", "optimization")
-    grad_clip: float = flag(1.0, "largest norm of the gradient (0: off)", "optimization")
+    decay_fraction: float = flag(
+        0.2, "share of the steps in which wsd decays", "optimization", at_least=0, below=1, resume="note"
+    )
+    weight_decay: float = flag(
+        0.1, "on matrices only, never on embeddings and norms", "optimization", at_least=0, resume="note"
+    )
+    grad_clip: float = flag(1.0, "largest norm of the gradient (0: off)", "optimization", at_least=0, resume="note")
     optimizer: Literal["adamw", "muon"] = flag(
-        "adamw", "muon: torch.optim.Muon for hidden matrices, AdamW for the rest", "optimization"
+        "adamw", "muon: torch.optim.Muon for hidden matrices, AdamW for the rest", "optimization", resume="refuse"
     )
-    beta1: float = flag(0.9, "AdamW: decay of the mean", "optimization")
-    beta2: float = flag(0.95, "AdamW: decay of the square", "optimization")
-    seed: int = flag(42, "of weights, data order and dropout", "optimization")
+    beta1: float = flag(0.9, "AdamW: decay of the mean", "optimization", at_least=0, below=1, resume="note")
+    beta2: float = flag(0.95, "AdamW: decay of the square", "optimization", at_least=0, below=1, resume="note")
+    seed: int = flag(42, "of weights, data order and dropout", "optimization", resume="refuse")
 
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", "machine")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", "machine", by_node=True)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "auto: bfloat16 where the hardware has it", "machine"
+        "auto", "auto: bfloat16 where the hardware has it", "machine", resume="note"
     )
     compile: bool = flag(False, "torch.compile the blocks", "machine")
     grad_checkpointing: bool = flag(
@@ -112,23 +171,26 @@ class Config:
     offload: Literal["none", "cpu", "nvme"] | None = flag(
         None, "keep sharded state in host memory, or (deepspeed stage 3) on a disk", "machine"
     )
-    offload_dir: str | None = flag(None, "folder on the disk that --offload nvme uses; by default the run's", "machine")
+    offload_dir: str | None = flag(
+        None, "folder on the disk that --offload nvme uses; by default the run's", "machine", by_node=True
+    )
     deepspeed_config: str | None = flag(
-        None, "DeepSpeed JSON; what our flags say must not be said otherwise there", "machine"
+        None, "DeepSpeed JSON; what our flags say must not be said otherwise there", "machine", by_node=True
     )
     comm_timeout: float = flag(
         600.0,
         "seconds a rank waits for the others in training before it gives up, so that a launcher can restart",
         "machine",
+        above=0,
     )
 
-    log_interval: int = flag(10, "steps between logged lines", "reporting")
-    eval_interval: int = flag(200, "steps between validations (0: only at the end)", "reporting")
-    eval_rows: int = flag(512, "packed rows a validation looks at, at most (0: all)", "reporting")
-    save_interval: int = flag(500, "steps between checkpoints (0: only at the end)", "reporting")
-    keep_last: int = flag(2, "checkpoints kept", "reporting")
+    log_interval: int = flag(10, "steps between logged lines", "reporting", at_least=1)
+    eval_interval: int = flag(200, "steps between validations (0: only at the end)", "reporting", at_least=0)
+    eval_rows: int = flag(512, "packed rows a validation looks at, at most (0: all)", "reporting", at_least=0)
+    save_interval: int = flag(500, "steps between checkpoints (0: only at the end)", "reporting", at_least=0)
+    keep_last: int = flag(2, "checkpoints kept", "reporting", at_least=1)
     async_save: bool = flag(False, "write checkpoints while training goes on", "reporting")
-    sample_interval: int = flag(0, "steps between samples (0: none)", "reporting")
+    sample_interval: int = flag(0, "steps between samples (0: none)", "reporting", at_least=0)
     sample_prompt: str | None = flag(None, "what samples begin with, or answer", "reporting")
     use_wandb: bool = flag(False, "log to Weights & Biases", "reporting")
     wandb_project: str = flag("seedling", "project on Weights & Biases", "reporting")
@@ -140,85 +202,18 @@ class Config:
         return Path(self.out_dir) / f"{self.stage}_{self.dim}"
 
     def check(self) -> None:
-        """Raise ValueError for a value out of its range."""
-        at_least_one = ("batch_size", "accumulation_steps", "log_interval", "keep_last", "max_seq_len")
-        not_negative = (
-            "max_steps",
-            "eval_interval",
-            "save_interval",
-            "sample_interval",
-            "eval_rows",
-            "weight_decay",
-            "grad_clip",
-            "warmup_steps",
-            "min_lr",
-            "global_batch_size",
-        )
-        for names, least in ((at_least_one, 1), (not_negative, 0)):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not value >= least:  # so written, it stops "not a number" as well
-                    raise ValueError(f"--{name} is {value}; it must be at least {least}")
-        if not (self.learning_rate > 0 and self.epochs > 0):
-            raise ValueError(
-                f"--learning_rate {self.learning_rate} and --epochs {self.epochs} must both be more than 0"
-            )
+        """Raise ValueError for a value out of its range, and for flags that contradict each other."""
+        for name, rule in rules(self).items():
+            if getattr(self, name) is not None:
+                rule.check(name, getattr(self, name))
         if self.global_batch_size and self.accumulation_steps != 1:
             raise ValueError(
-                f"--global_batch_size {self.global_batch_size} sets the accumulation, --accumulation_steps {self.accumulation_steps} contradicts it; give one of them"
+                f"--global_batch_size {self.global_batch_size} sets the accumulation, "
+                f"--accumulation_steps {self.accumulation_steps} contradicts it; give one of them"
             )
-        if not self.comm_timeout > 0:
-            raise ValueError(f"--comm_timeout is {self.comm_timeout}; it must be more than 0")
-        for name in ("val_fraction", "decay_fraction", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be in [0, 1)")
 
 
-@dataclass(kw_only=True)
-class PretrainConfig(Config):
-    """Next-token training on plain text."""
-
-    stage: ClassVar[str] = "pretrain"
-    data_path: list[str] = flag(
-        [f"{SAMPLE}/pretrain.jsonl"], "training files or globs (.jsonl, .jsonl.gz, .jsonl.zst)", "files"
-    )
-
-
-@dataclass(kw_only=True)
-class SFTConfig(Config):
-    """Supervised fine-tuning on conversations; the loss stands on the assistant's turns only."""
-
-    stage: ClassVar[str] = "full_sft"
-    previous: ClassVar[str | None] = "pretrain"
-    data_path: list[str] = flag(
-        [f"{SAMPLE}/sft.jsonl"], "training files or globs (.jsonl, .jsonl.gz, .jsonl.zst)", "files"
-    )
-    learning_rate: float = flag(5e-4, "peak learning rate", "optimization")
-    epochs: float = flag(2.0, "passes over the data", "optimization")
-
-
-@dataclass(kw_only=True)
-class DPOConfig(Config):
-    """Direct preference optimization on pairs of answers."""
-
-    stage: ClassVar[str] = "dpo"
-    previous: ClassVar[str | None] = "full_sft"
-    data_path: list[str] = flag(
-        [f"{SAMPLE}/dpo.jsonl"], "training files or globs (.jsonl, .jsonl.gz, .jsonl.zst)", "files"
-    )
-    batch_size: int = flag(
-        4, "rows a process a micro-batch; a row is 2 * max_seq_len wide and holds whole pairs", "optimization"
-    )
-    learning_rate: float = flag(1e-5, "peak learning rate", "optimization")
-    weight_decay: float = flag(0.0, "on matrices only, never on embeddings and norms", "optimization")
-    beta: float = flag(0.1, "DPO: strength of the pull towards the reference (larger: closer)", "preference")
-    loss_type: Literal["sigmoid"] = flag("sigmoid", "DPO's loss", "preference")
-
-    def check(self) -> None:
-        super().check()
-        if not self.beta > 0:
-            raise ValueError(f"--beta is {self.beta}; it must be more than 0")
-
+SHAPE_FLAGS = tuple(name for name, rule in rules(Config).items() if rule.shape)
 
 C = TypeVar("C", bound=Config)
 
@@ -253,14 +248,14 @@ def build_parser(cls: type[Config]) -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     for f in fields(cls):
-        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
+        group = groups.setdefault(f.metadata["rule"].group, parser.add_argument_group(f.metadata["rule"].group))
         default = (
             f.default if f.default_factory is not list and not callable(f.default_factory) else f.default_factory()
         )  # type: ignore[misc]
         shown = "" if default is None or default == [] else f" [{relative(default)}]"
         kind = typing.get_type_hints(cls)[f.name]
         options: dict[str, Any] = {
-            "help": f.metadata["help"] + shown.replace("%", "%%"),
+            "help": f.metadata["rule"].help + shown.replace("%", "%%"),
             "type": lambda text, f=f, kind=kind: convert(text, kind, f"--{f.name}"),
         }
         if plain(kind) is bool:

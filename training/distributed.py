@@ -10,25 +10,60 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 FIRST_CONTACT = 120.0  # seconds for all ranks to meet; a missing one is an error then, not a silent hang
+
 PREPARATION = timedelta(hours=4)  # nodes may tokenize the same data for hours, one faster than another
+
+
+T = TypeVar("T")
 
 
 @dataclass
 class World:
-    """This process's place."""
+    """This process's place. A rank in the world is not a rank in the data, though the two are equal today."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     launcher: str | None = None  # "torchrun" (or one that sets the same variables), "deepspeed", None: started by hand
+    # neighbouring ranks that hold one copy of the model between them, and so see the same data: all have one each today
+    model_size: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """This process's place among those that divide the data: what loader, loss scale and sums go by."""
+        return self.rank // self.model_size
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.model_size
+
+    def mesh(self, device: torch.device, copy_a_node: bool = False) -> DeviceMesh:
+        """The ranks in rows that divide the data ("data"), each row entry a copy of the model ("model", where it has
+        several ranks). With `copy_a_node` the data ranks of a node are its "shard", and nodes "replicate" each other.
+
+        Raises ValueError where nodes differ in their number of ranks.
+        """
+        dims = {"data": self.data_size}
+        if copy_a_node:
+            nodes, left = divmod(self.size, self.local_size)
+            if left:
+                raise ValueError(
+                    f"--hsdp needs the same number of processes on every node; {self.size} processes are not a "
+                    f"multiple of the {self.local_size} here"
+                )
+            dims = {"replicate": nodes, "shard": self.local_size // self.model_size}
+        if self.model_size > 1:
+            dims["model"] = self.model_size
+        return init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
     @classmethod
     def from_environment(cls) -> "World":
@@ -62,7 +97,8 @@ def pick_device(name: str, world: World) -> torch.device:
         device = torch.device("cuda", world.local_rank if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise ValueError(
-                f"local rank {world.local_rank} wants {device}, but there are {torch.cuda.device_count()} GPUs; start fewer processes"
+                f"local rank {world.local_rank} wants {device}, but there are {torch.cuda.device_count()} GPUs; "
+                "start fewer processes"
             )
         torch.cuda.set_device(device)
     elif device.type == "cpu":
@@ -117,13 +153,15 @@ def start(world: World, device: torch.device, seconds: float = FIRST_CONTACT) ->
         barrier(device)
     except KeyError as error:
         raise ValueError(
-            f"RANK is set but {error.args[0]} is not; start with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            f"RANK is set but {error.args[0]} is not; "
+            "start with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ) from None
     except (RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"rank {world.rank} of {world.size} could not meet the others at {address} within {seconds:.0f} s ({first_line}); {advice}"
+            f"rank {world.rank} of {world.size} could not meet the others at {address} within {seconds:.0f} s "
+            f"({first_line}); {advice}"
         ) from None
     set_timeout(PREPARATION)
 
@@ -148,19 +186,20 @@ def set_timeout(limit: timedelta) -> None:
             dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
-def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+def sum_over_ranks(values: list[float], device: torch.device, group: dist.ProcessGroup | None = None) -> list[float]:
+    """Sums over a group of ranks (None: all of them)."""
     if not dist.is_initialized():
         return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total.tolist()
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: T) -> list[T]:
     """Any picklable value of every rank, on every rank."""
     if not dist.is_initialized():
         return [value]
-    everywhere: list[Any] = [None] * dist.get_world_size()
+    everywhere: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(everywhere, value)
     return everywhere
 
@@ -177,14 +216,15 @@ def is_lost_contact(error: BaseException) -> bool:
     return dist.is_initialized() and (named or ("gloo" in str(error) and any(word in str(error) for word in words)))
 
 
-def check_agreement(values: dict[str, Any]) -> None:
+def check_agreement(values: dict[str, object]) -> None:
     """Raise ValueError on every rank where ranks hold different values (flags, data)."""
     everywhere = gather(values)
     for name in values:
         for rank, other in enumerate(everywhere):
             if other[name] != everywhere[0][name]:
                 raise ValueError(
-                    f"rank {rank} has {name} {other[name]!r} but rank 0 has {everywhere[0][name]!r}; start every node with the same command and data"
+                    f"rank {rank} has {name} {other[name]!r} but rank 0 has {everywhere[0][name]!r}; "
+                    "start every node with the same command and data"
                 )
 
 

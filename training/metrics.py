@@ -1,9 +1,9 @@
-"""What a run reports: records in; metrics.jsonl, a progress bar, loss.png and, where asked for, wandb and TensorBoard out.
+"""What a run reports: records in; metrics.jsonl, a progress bar, loss.png and, if asked for, wandb and TensorBoard out.
 
     metrics.log({"step": 20, "loss": 3.214, "lr": 5e-4, "tokens_per_second": 51200.0, "mfu": 0.031, "memory_mb": 812.0})
 
-    metrics.jsonl  {"step": 20, "loss": 3.214, "lr": 0.0005, "tokens_per_second": 51200.0, "mfu": 0.031, "memory_mb": 812.0}
-    terminal       pretrain   2%|▏     | 20/1000 [00:32<26:08, loss 3.2140, lr 5.0e-04, 51.2k tokens/s, MFU 3.1%, 812 MB]
+    metrics.jsonl  {"step": 20, "loss": 3.214, "lr": 0.0005, "tokens_per_second": 51200.0, "mfu": 0.031, ...}
+    terminal       pretrain   2%|▏    | 20/1000 [00:32<26:08, loss 3.2140, lr 5.0e-04, 51.2k tokens/s, MFU 3.1%, 812 MB]
     log file       pretrain step 20/1000, loss 3.2140, lr 5.0e-04, 51.2k tokens/s, MFU 3.1%, 812 MB, 26:08 left
 
 Everything is shown on stderr. A number that is not finite is written as null, since JSON has no NaN and no infinity.
@@ -21,14 +21,16 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TextIO
 
 import torch
 from tqdm import tqdm
 
-from model import GPTConfig
+if TYPE_CHECKING:  # both are imported where they are used: they are extras, and take seconds
+    from torch.utils.tensorboard import SummaryWriter
+    from wandb import Run
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # metrics of a step, or settings of a run, by name
 
 
 class Metrics:
@@ -66,7 +68,9 @@ class Metrics:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         earlier = read_records(self.run_dir / "metrics.jsonl") if start_step else []
         self.records = [record for record in earlier if record["step"] <= start_step]
-        self.wandb, self.sent_step, self.tensorboard = None, 0, None
+        self.wandb: Run | None = None
+        self.tensorboard: SummaryWriter | None = None
+        self.sent_step = 0  # the last step that the wandb run has from an earlier start
         if use_wandb:
             continued = start_step > 0 and (self.run_dir / "wandb_run_id").is_file()
             self.sent_step = max((record["step"] for record in earlier), default=0) if continued else 0
@@ -86,7 +90,9 @@ class Metrics:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(failed=kind is not None)
 
     def log(self, record: Record) -> None:
@@ -167,7 +173,7 @@ class Metrics:
 # metrics.jsonl --------------------------------------------------------------------------------------------------
 
 
-def plain_value(value: Any) -> int | float | str | bool | None:
+def plain_value(value: SupportsFloat | str | None) -> int | float | str | bool | None:
     """A number (also a tensor's or NumPy's) or text as JSON can hold it: nan and the infinities become None."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -188,7 +194,7 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def replace_records(path: Path, records: Iterable[Record]):
+def replace_records(path: Path, records: Iterable[Record]) -> TextIO:
     """Write the records to `path`, whole or not at all; the file comes back open for more."""
     part = path.with_name(path.name + ".part")
     part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
@@ -198,7 +204,7 @@ def replace_records(path: Path, records: Iterable[Record]):
 
 def summary(record: Record) -> str:
     """{"step": 20, "loss": 3.2, "mfu": None} -> "loss 3.2000": what of a record is shown while training."""
-    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+    shown: dict[str, tuple[str, Callable[[float], str]]] = {
         "loss": ("loss {}", "{:.4f}".format),
         "val_loss": ("val {}", "{:.4f}".format),
         "reward_margin": ("margin {}", "{:.3f}".format),
@@ -217,7 +223,7 @@ def summary(record: Record) -> str:
 # wandb and TensorBoard ------------------------------------------------------------------------------------------
 
 
-def start_wandb(run_dir: Path, config: Record, project: str, name: str | None, continued: bool) -> Any:
+def start_wandb(run_dir: Path, config: Record, project: str, name: str | None, continued: bool) -> "Run":
     """A wandb run, the one named in run_dir/wandb_run_id where it is continued. Raises ValueError with a way out."""
     way_out = (
         "log in with `wandb login`, or set the environment variable WANDB_MODE=offline to keep the log on this disk "
@@ -240,7 +246,7 @@ def start_wandb(run_dir: Path, config: Record, project: str, name: str | None, c
     return run
 
 
-def start_tensorboard(run_dir: Path, start_step: int) -> Any:
+def start_tensorboard(run_dir: Path, start_step: int) -> "SummaryWriter":
     """A writer into run_dir/tensorboard that hides what an earlier run logged after start_step."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -386,17 +392,3 @@ def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2
             continue
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def flops_per_token(config: GPTConfig, seq_len: int) -> float:
-    """Operations of one token's forward and backward pass: 6 N + 12 L H Q T (PaLM, arXiv:2204.02311, appendix B).
-
-    N are the parameters of matrix products, the head's included and the embedding look-up's not; L layers, H heads of
-    width Q, T = seq_len. The paper's count takes attention as if every token saw all T, which causal masks and packed
-    documents do not: what is reported is a little high. Recomputed activations are not counted.
-    """
-    assert config.head_dim is not None and config.ffn_dim is not None
-    heads = config.n_heads * config.head_dim
-    attention = 2 * config.dim * heads + 2 * config.dim * config.n_kv_heads * config.head_dim
-    matmul = config.n_layers * (attention + 3 * config.dim * config.ffn_dim) + config.dim * config.vocab_size
-    return 6.0 * matmul + 12.0 * config.n_layers * heads * seq_len

@@ -1,28 +1,76 @@
-"""What is optimised: a model and a batch in, a SUM and its weight out. Means are taken once, over the whole update.
+"""What is optimised: what the network said of a batch in, a SUM and its weight out. Means are taken once an update.
 
     NextToken   sum of -log p(next token), weight = supervised tokens
     DPO         sum over pairs of -log sigmoid(beta * margin), weight = pairs
 
-An objective returns (loss to differentiate, {name: summed statistic}); `metrics` turns the sums over all micro-batches
-and ranks into what is logged.
+An objective never calls the network: the engine does, and hands over its `Output`. It returns (loss to differentiate,
+{name: summed statistic}); `metrics` turns the sums over all micro-batches and ranks into what is logged. Beside each
+stand the flags that are its own, and at the end the table of stages.
 """
 
 import math
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dataset import CONVERSATION, PAIR, TEXT
 from dataset.batch import Batch, PairBatch
+from dataset.forms import Form
+from training.config import SAMPLE, Config, flag
+from training.metrics import Record
+
+Sums = dict[str, Tensor]
+B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
 
 
-class Objective(Protocol):
+class Output(NamedTuple):
+    """What the network said of a batch. It grows by a field where a network says more (a router's loss, a value)."""
+
+    nll: Tensor  # float32 (rows, sequence): -log p(label), nats, 0 where there is no label
+
+
+class Objective(Protocol[B_contra]):
     names: tuple[str, ...]  # of the summed statistics, "loss" first
+    unit: str  # what is weighed, where that is not tokens; "" else
+    only_held_out: tuple[str, ...]  # metrics that are worth a line for held-out rows alone
 
-    def weight(self, batch: Any) -> int: ...
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
-    def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]: ...
+    def weight(self, batch: B_contra) -> int:
+        """What a sum over this batch is divided by."""
+
+    def __call__(self, output: Output, batch: B_contra) -> tuple[Tensor, Sums]: ...
+
+    def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
+        """Sums over a whole update (or validation) -> what is logged."""
+
+    def warnings(self, record: Record) -> list[str]:
+        """What a logged record of training gives cause to say."""
+
+
+# Next token ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(Config):
+    """Next-token training on plain text."""
+
+    stage: ClassVar[str] = "pretrain"
+    chats: ClassVar[bool] = False
+    data_path: list[str] = flag([f"{SAMPLE}/pretrain.jsonl"], like="data_path")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(Config):
+    """Supervised fine-tuning on conversations; the loss stands on the assistant's turns only."""
+
+    stage: ClassVar[str] = "full_sft"
+    previous: ClassVar[str | None] = "pretrain"
+    data_path: list[str] = flag([f"{SAMPLE}/sft.jsonl"], like="data_path")
+    learning_rate: float = flag(5e-4, like="learning_rate")
+    epochs: float = flag(2.0, like="epochs")
 
 
 class NextToken:
@@ -31,6 +79,9 @@ class NextToken:
     token_bytes: int (vocabulary,), UTF-8 bytes of every token; with it `bpb` (bits per byte) is reported as well.
     """
 
+    unit = ""
+    only_held_out: tuple[str, ...] = ("bpb",)
+
     def __init__(self, token_bytes: Tensor | None = None):
         self.token_bytes = token_bytes
         self.names: tuple[str, ...] = ("loss",) if token_bytes is None else ("loss", "bytes")
@@ -38,8 +89,8 @@ class NextToken:
     def weight(self, batch: Batch) -> int:
         return batch.supervised
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = model(batch.input_ids, batch.position_ids, batch.labels).sum()
+    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Sums]:
+        loss = output.nll.sum()
         sums = {"loss": loss.detach()}
         if self.token_bytes is not None:
             if self.token_bytes.device != loss.device:
@@ -53,18 +104,41 @@ class NextToken:
             metrics["bpb"] = sums["loss"] / math.log(2) / sums["bytes"]
         return metrics
 
+    def warnings(self, record: Record) -> list[str]:
+        return []
 
-def sequence_logps(model: nn.Module, batch: PairBatch) -> Tensor:
+
+# Direct preference optimization --------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class DPOConfig(Config):
+    """Direct preference optimization on pairs of answers."""
+
+    stage: ClassVar[str] = "dpo"
+    previous: ClassVar[str | None] = "full_sft"
+    data_path: list[str] = flag([f"{SAMPLE}/dpo.jsonl"], like="data_path")
+    batch_size: int = flag(
+        4, "rows a process a micro-batch; a row is 2 * max_seq_len wide and holds whole pairs", like="batch_size"
+    )
+    learning_rate: float = flag(1e-5, like="learning_rate")
+    weight_decay: float = flag(0.0, like="weight_decay")
+    beta: float = flag(
+        0.1, "DPO: strength of the pull towards the reference (larger: closer)", "preference", above=0, resume="refuse"
+    )
+    loss_type: Literal["sigmoid"] = flag("sigmoid", "DPO's loss", "preference", resume="refuse")
+
+
+def answer_logps(output: Output, batch: PairBatch) -> Tensor:
     """Summed log-probability of every answer, nats: (pairs, 2), chosen first. A sum, not a mean over its length."""
-    nll = model(batch.input_ids, batch.position_ids, batch.labels)
-    sums = nll.new_zeros(2 * batch.n_pairs + 1)
+    sums = output.nll.new_zeros(2 * batch.n_pairs + 1)
     # places outside the answers carry segment -1 and land in a last entry that is dropped
     segment = torch.where(batch.segment < 0, 2 * batch.n_pairs, batch.segment)
-    return -sums.index_add(0, segment.flatten(), nll.flatten())[:-1].view(batch.n_pairs, 2)
+    return -sums.index_add(0, segment.flatten(), output.nll.flatten())[:-1].view(batch.n_pairs, 2)
 
 
 class DPO:
-    """Direct preference optimization, sigmoid loss (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
 
     loss = -log sigmoid(beta * ((log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected))))
     """
@@ -77,18 +151,21 @@ class DPO:
         "chosen_logp",
         "rejected_logp",
     )
+    unit = "pairs"
+    only_held_out: tuple[str, ...] = ()
+    losses: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"sigmoid": lambda margin: -F.logsigmoid(margin)}
 
-    def __init__(self, beta: float = 0.1):
-        self.beta = beta
+    def __init__(self, beta: float = 0.1, loss_type: str = "sigmoid"):
+        self.beta, self.loss_of_margin = beta, self.losses[loss_type]
 
     def weight(self, batch: PairBatch) -> int:
         return batch.n_pairs
 
-    def __call__(self, model: nn.Module, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = sequence_logps(model, batch)
+    def __call__(self, output: Output, batch: PairBatch) -> tuple[Tensor, Sums]:
+        logps = answer_logps(output, batch)
         rewards = self.beta * (logps - batch.reference)
         margin = rewards[:, 0] - rewards[:, 1]
-        loss = -F.logsigmoid(margin).sum()
+        loss = self.loss_of_margin(margin).sum()
         kept = rewards.detach()
         sums = {
             "loss": loss.detach(),
@@ -106,3 +183,50 @@ class DPO:
         metrics["reward_margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
         metrics["drift"] = metrics["chosen_reward"] / self.beta
         return metrics
+
+    def warnings(self, record: Record) -> list[str]:
+        """Where preference training does nothing, or too much."""
+        step, found = record["step"], []
+        if step < 20:
+            return []
+        if abs(record["reward_margin"]) < 1e-3 and record["lr"] > 0:
+            margin = record["reward_margin"]
+            found.append(f"reward_margin is {margin:.1e} at step {step}: nothing moves; raise --learning_rate")
+        elif record["reward_accuracy"] == 1.0 and record["loss"] < 0.01:
+            found.append(
+                f"loss {record['loss']:.4f} with every pair right at step {step}: saturated; "
+                "lower --learning_rate or --epochs, or raise --beta"
+            )
+        if record["drift"] < -50:
+            found.append(
+                f"the chosen answers lost {-record['drift']:.0f} nats each since the start; "
+                "lower --learning_rate or raise --beta"
+            )
+        return found
+
+
+# The stages ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage is made of, beside its entry script and its recipes."""
+
+    config: type[Config]
+    form: Form  # of its rows
+    objective: Callable[[Any], "Objective[Any]"]  # of its config
+
+    @property
+    def script(self) -> str:
+        return f"train_{self.config.stage}.py"
+
+
+STAGES: dict[str, Stage] = {
+    stage.config.stage: stage
+    for stage in (
+        Stage(PretrainConfig, TEXT, lambda config: NextToken()),
+        Stage(SFTConfig, CONVERSATION, lambda config: NextToken()),
+        Stage(DPOConfig, PAIR, lambda config: DPO(config.beta, config.loss_type)),
+    )
+}
+"""In the order in which they are run."""

@@ -5,40 +5,36 @@ learning_rate(0, 100, config)        linear warm-up, then cosine or warm-up - st
 """
 
 import math
-from typing import Any
+from functools import partial
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
+from model import GPT
 from training.config import Config
 
 
-def build_optimizers(model: nn.Module, config: Config, fused: bool = True) -> list[Optimizer]:
+def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Optimizer]:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with decay on matrices only; optionally Muon for hidden matrices.
 
     Muon's update is scaled to AdamW's RMS (Moonshot, arXiv:2502.16982), so one learning rate serves both.
     """
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    # by name, since a partitioned parameter shows no shape
-    hidden = [p for name, p in parameters if name.endswith("proj.weight")]
-    head = [p for name, p in parameters if name.endswith("lm_head.weight")]
-    rest = [p for name, p in parameters if name.endswith(("norm.weight", "embed_tokens.weight"))]
-    assert len(hidden) + len(head) + len(rest) == len(parameters)
+    roles = model.roles()
+    learnt = [(roles[name], p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for role, p in learnt if role.orthogonal]
+    others = [p for role, p in learnt if role.decays and not role.orthogonal]
+    rest = [p for role, p in learnt if not role.decays]
     decay, no_decay = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
-    adamw: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.beta1, config.beta2),
-        "eps": 1e-8,
-        "fused": fused,
-    }
+    adamw = partial(
+        torch.optim.AdamW, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused
+    )
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW([{"params": hidden + head, **decay}, {"params": rest, **no_decay}], **adamw)]
+        return [adamw([{"params": hidden + others, **decay}, {"params": rest, **no_decay}])]
     muon = torch.optim.Muon(
         hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    groups = [{"params": head, **decay}] if head else []
-    return [muon, torch.optim.AdamW([*groups, {"params": rest, **no_decay}], **adamw)]
+    groups = [{"params": others, **decay}] if others else []
+    return [muon, adamw([*groups, {"params": rest, **no_decay}])]
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:

@@ -1,4 +1,4 @@
-"""The sample data: a small valley told in English and Chinese, in which every seventh combination is kept out of training.
+"""The sample data: a small valley told in English and Chinese, every seventh combination of it kept out of training.
 
 What flows through: fixed word tables and one seeded random generator -> six JSONL files. One drawn combination
 (three, red, horse, hill) becomes, say, one line of `sft.jsonl`:
@@ -13,12 +13,12 @@ Four families of questions, each in both languages, are answered by a rule and n
     opposite    "The old fish is sad." -> "The young fish is happy."                (pair of adjectives, animal) pairs
     compare     which of two animals is heavier            pairs of animals, two or more places apart in weight
 
-A kept-out combination is written nowhere in `pretrain.jsonl`, `sft.jsonl` or `dpo.jsonl`, in either language, while each of
-its words is there in other combinations. `questions.jsonl` asks about kept-out combinations alone.
+A kept-out combination is written nowhere in `pretrain.jsonl`, `sft.jsonl` or `dpo.jsonl`, in either language, while
+each of its words is there in other combinations. `questions.jsonl` asks about kept-out combinations alone.
 
-The preference pairs are about manner: open prompts ("Tell me about the red horse.") are answered in SFT as often with a warm
-closing as with a curt one, of one length; in a pair the warm one is chosen. `dpo_heldout.jsonl` asks about the kept-out
-(colour, animal) pairs.
+The preference pairs are about manner: open prompts ("Tell me about the red horse.") are answered in SFT as often with a
+warm closing as with a curt one, of one length; in a pair the warm one is chosen. `dpo_heldout.jsonl` asks about the
+kept-out (colour, animal) pairs.
 
     python dataset/sample/make_sample.py [--out_dir dataset/sample]
 """
@@ -34,6 +34,8 @@ SEED = 20240229
 LANGUAGES = ("en", "zh")
 SPACE = {"en": " ", "zh": ""}  # between sentences
 Texts = dict[str, tuple[str, str]]  # language -> (question, answer)
+Conversation = list[dict[str, str]]  # messages, each with a role and a content
+Row = dict[str, object]  # one line of a file
 
 
 class Word(NamedTuple):
@@ -161,7 +163,7 @@ def draw_weights(rng: random.Random, held_out: bool) -> tuple[int, int]:
     return rng.choice([(i, j) for i, j in both if i != j])
 
 
-# ---- the four families: one drawn combination, told in both languages -------------------------------------------------
+# ---- the four families: one drawn combination, told in both languages ------------------------------------------------
 
 
 def phrase(number: int, colour: int, animal: int, place: int) -> Word:
@@ -365,7 +367,7 @@ SYSTEMS = (
 )
 REPLY_IN = {"en": ("Reply in English.", "请用英文回答。"), "zh": ("Reply in Chinese.", "请用中文回答。")}
 
-# ---- pretraining text: short pages, since with many phrases on one the right one would first have to be found -----------
+# ---- pretraining text: short pages, since with many phrases on one the right one would first have to be found --------
 
 
 def page_captions(rng: random.Random, language: str) -> str:
@@ -452,7 +454,7 @@ def distinct(make: Callable[[], str], count: int, seen: set[str]) -> list[str]:
     return texts
 
 
-def make_pretrain(rng: random.Random, count: int, seen: set[str]) -> list[dict]:
+def make_pretrain(rng: random.Random, count: int, seen: set[str]) -> list[Row]:
     makers, weights = zip(*PAGES, strict=True)
 
     def page() -> str:
@@ -461,16 +463,16 @@ def make_pretrain(rng: random.Random, count: int, seen: set[str]) -> list[dict]:
     return [{"text": text} for text in distinct(page, count, seen)]
 
 
-def turns(*texts: str, system: str | None = None) -> list[dict]:
+def turns(*texts: str, system: str | None = None) -> Conversation:
     """("hi", "hello") -> a user turn and an assistant turn, after a system turn if there is one."""
     roles = ("user", "assistant")
     head = [] if system is None else [{"role": "system", "content": system}]
     return head + [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def make_questions(rng: random.Random, count: int, held_out: bool) -> list[list[dict]]:
-    """`count` different questions of every family and language, or as many as there are in a hundred times as many draws."""
-    rows: list[list[dict]] = []
+def make_questions(rng: random.Random, count: int, held_out: bool) -> list[Conversation]:
+    """`count` different questions of every family and language, or as many as 100 * `count` draws give."""
+    rows: list[Conversation] = []
     for ask in FAMILIES.values():
         for language in LANGUAGES:
             found: dict[str, str] = {}
@@ -486,7 +488,7 @@ def close(body: Word, closing: Word, language: str) -> str:
     return SPACE[language].join(text.to(language) for text in (body, closing))
 
 
-def make_descriptions(rng: random.Random, rounds: int) -> list[list[dict]]:
+def make_descriptions(rng: random.Random, rounds: int) -> list[Conversation]:
     """Every training (colour, animal) in both languages, `rounds` times in each manner."""
     rows = []
     for colour, animal in pairs(len(COLOURS), len(ANIMALS), kept_out_colour, False):
@@ -497,7 +499,7 @@ def make_descriptions(rng: random.Random, rounds: int) -> list[list[dict]]:
     return rows
 
 
-def make_talk(rng: random.Random, rounds: int) -> list[list[dict]]:
+def make_talk(rng: random.Random, rounds: int) -> list[Conversation]:
     """Facts, small talk, conversations of several turns, and system prompts that name the language of the reply."""
     facts = [texts[language] for a in range(len(ANIMALS)) for texts in ask_facts(a) for language in LANGUAGES]
     talk = [(q, answer) for groups in SMALL_TALK.values() for questions, answer in groups for q in questions]
@@ -515,12 +517,12 @@ def make_talk(rng: random.Random, rounds: int) -> list[list[dict]]:
     return rows
 
 
-def make_preferences(rng: random.Random, rounds: int, held_out: bool) -> list[dict]:
+def make_preferences(rng: random.Random, rounds: int, held_out: bool) -> list[Row]:
     """Pairs (warm chosen, curt rejected) about every (colour, animal) that is, or is not, kept out.
 
     Two portraits make two pairs, each being chosen in one of them: nothing but the closing tells the sides apart.
     """
-    rows = []
+    rows: list[Row] = []
     for colour, animal in pairs(len(COLOURS), len(ANIMALS), kept_out_colour, held_out):
         for language in LANGUAGES:
             for _ in range(rounds):
@@ -535,9 +537,12 @@ def make_preferences(rng: random.Random, rounds: int, held_out: bool) -> list[di
     return rows
 
 
-def make_reminders(rng: random.Random, count: int) -> list[dict]:
-    """Pairs (right answer, the answer to another question of its kind): what SFT taught is to stay while the manner changes."""
-    rows = []
+def make_reminders(rng: random.Random, count: int) -> list[Row]:
+    """Pairs (right answer, the answer to another question of its kind).
+
+    What SFT taught is to stay while the manner changes.
+    """
+    rows: list[Row] = []
     for language in LANGUAGES:
         kinds = [[ask(rng, False)[language] for _ in range(count)] for ask in FAMILIES.values()]
         kinds.append([(question, answer) for questions, answer in SMALL_TALK[language] for question in questions])
@@ -548,14 +553,14 @@ def make_reminders(rng: random.Random, count: int) -> list[dict]:
     return rows
 
 
-def make_sample() -> dict[str, list[dict]]:
+def make_sample() -> dict[str, list[Row]]:
     """File name -> its rows. Each file has its own generator, so that a change to one leaves the others as they are."""
     seen: set[str] = set()
 
     def rng(name: str) -> random.Random:
         return random.Random(f"{SEED} {name}")
 
-    def conversations(rows: list[list[dict]]) -> list[dict]:
+    def conversations(rows: list[Conversation]) -> list[Row]:
         return [{"conversations": messages} for messages in rows]
 
     pretrain = make_pretrain(rng("pretrain"), 5600, seen)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dataset.chat import Rendered, parse_tool_calls, render_chat
+from dataset.chat import Rendered, parse_answer, parse_tool_calls, render_chat
 from dataset.tokenizer import CONTROL_TOKENS, DEFAULT_TOKENIZER, HFTokenizer, Tokenizer, load_tokenizer
 from tests.dataset.foreign import make_foreign_folder
 
@@ -154,6 +154,19 @@ def test_one_call_need_not_be_in_a_list() -> None:
 def test_messages_that_cannot_be_rendered_are_named(message: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         render_chat(TOKENIZER, [{"role": "user", "content": "x"}, message])
+
+
+# Answers ----------------------------------------------------------------------
+
+
+def test_answers_become_messages() -> None:
+    assert parse_answer("<think>2+2</think>4") == {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    assert parse_answer(f"a{call}{call}") == {
+        "role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": {}}] * 2,
+    }  # fmt: skip
+    for text in ("<tool_call>{broken</tool_call>", "<tool_call>3</tool_call>", "<think>endless", ""):
+        assert parse_answer(text) == {"role": "assistant", "content": text}
 
 
 # The Jinja template ----------------------------------------------------------------------

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from dataset import DEFAULT_TOKENIZER, DataError, Tokenizer, build_rows, render_chat
+from dataset import CONVERSATION, DEFAULT_TOKENIZER, PAIR, TEXT, DataError, Tokenizer, build_rows, render_chat
 from dataset.batch import IGNORE
-from dataset.encode import Rules, encode_files, is_held_out, spans_of
+from dataset.encode import Rules, encode_files, is_held_out
+from dataset.forms import spans_of
 from dataset.records import Row
-from tests.helpers import ROOT, write_jsonl
+from tests.helpers import FORM_OF, ROOT, write_jsonl
 
 # "\x01" has no piece of its own, so it is the byte token 15 + 1 = 16, whatever text the tokenizer was trained on
 S, E, USER, ANSWER, END = 1, 2, 5, 6, 8
@@ -39,7 +41,7 @@ def encode(tmp_path, tokenizer):
 
     def encode(stage, rows, max_seq_len=64, tokenizer=tokenizer, name="rows.jsonl", **rules):
         path = write_jsonl(tmp_path / name, rows)
-        return encode_files([str(path)], tokenizer, Rules(stage, max_seq_len, **rules), tmp_path / "cache")
+        return encode_files([str(path)], tokenizer, Rules(FORM_OF[stage], max_seq_len, **rules), tmp_path / "cache")
 
     return encode
 
@@ -154,7 +156,7 @@ def test_the_prompt_of_training_is_the_prompt_of_chat(encode, tokenizer):
 def test_labels_of_a_conversation_are_its_answers(tmp_path, tokenizer):
     row = chat("How many?", "Three.", "And now?", "Four, I think.")
     path = write_jsonl(tmp_path / "rows.jsonl", [row])
-    rows = build_rows("full_sft", str(path), tokenizer, 64, cache_dir=tmp_path)
+    rows = build_rows(CONVERSATION, str(path), tokenizer, 64, cache_dir=tmp_path)
     labels = rows.collate([0]).labels[0]
     assert (
         tokenizer.decode(labels[labels != IGNORE].tolist(), skip_control=False) == "Three.<|end|>Four, I think.<|end|>"
@@ -178,11 +180,17 @@ def test_a_bad_row_is_named_and_leaves_no_cache(encode, tmp_path):
 
 
 CANNOT_BE_RENDERED = [
-    ([said("user", "a", tool_calls='[{"name": "f"}]'), said("assistant", "b")], "found tool_calls on a message of role user"),
+    (
+        [said("user", "a", tool_calls='[{"name": "f"}]'), said("assistant", "b")],
+        "found tool_calls on a message of role user",
+    ),
     ([said("user", "a"), said("assistant", "b", tool_calls='["f"]')], "found the tool call 'f'"),
-    ([said("user", "a"), said("assistant", "b", tools='[{"name": "f"}]')], "found tools on a message of role assistant"),
+    (
+        [said("user", "a"), said("assistant", "b", tools='[{"name": "f"}]')],
+        "found tools on a message of role assistant",
+    ),
     ([said("system", "a", tools=[{"name": "\ud800"}]), said("assistant", "b")], "lone surrogate"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("messages", "message"), CANNOT_BE_RENDERED)
@@ -191,7 +199,7 @@ def test_a_row_that_cannot_be_rendered_is_a_bad_row(tmp_path, tokenizer, message
     path.write_text("\n".join(json.dumps(row) for row in (chat("a", "b"), {"conversations": messages}, chat("c", "d"))))
 
     def encode(on_bad_row):
-        return encode_files([str(path)], tokenizer, Rules("full_sft", 64, on_bad_row), tmp_path / "cache")
+        return encode_files([str(path)], tokenizer, Rules(CONVERSATION, 64, on_bad_row), tmp_path / "cache")
 
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: .*{message}"):
         encode("stop")
@@ -258,7 +266,7 @@ def test_text_moved_from_one_file_to_the_next_is_another_fingerprint(tmp_path, t
         for i, content in enumerate(contents):
             (tmp_path / f"{i}.jsonl").write_text(content)
         paths = [str(tmp_path / f"{i}.jsonl") for i in range(len(contents))]
-        return encode_files(paths, tokenizer, Rules("pretrain", 8), tmp_path / "cache").fingerprint
+        return encode_files(paths, tokenizer, Rules(TEXT, 8), tmp_path / "cache").fingerprint
 
     a, b, c = (json.dumps({"text": x}) + "\n" for x in "abc")
     assert len({fingerprint(a, b + c), fingerprint(a + b, c), fingerprint(b + c, a)}) == 3
@@ -269,20 +277,20 @@ def test_a_killed_build_is_made_again(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row {i}"} for i in range(3000)])
     program = """
 import os, signal, sys
-from dataset import DEFAULT_TOKENIZER, Tokenizer
+from dataset import DEFAULT_TOKENIZER, TEXT, Tokenizer
 from dataset.encode import Rules, encode_files
 class Fatal(Tokenizer):
     def encode(self, text):
         if text == "row 2500":
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(text)
-encode_files([sys.argv[1]], Fatal(DEFAULT_TOKENIZER), Rules("pretrain", 64), sys.argv[2])
+encode_files([sys.argv[1]], Fatal(DEFAULT_TOKENIZER), Rules(TEXT, 64), sys.argv[2])
 """
     command = [sys.executable, "-c", program, str(path), str(tmp_path / "cache")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list((tmp_path / "cache").glob("*.part"))) == 1
-    encoded = encode_files([str(path)], tokenizer, Rules("pretrain", 64), tmp_path / "cache")
+    encoded = encode_files([str(path)], tokenizer, Rules(TEXT, 64), tmp_path / "cache")
     assert encoded.report.used == len(encoded.columns) == 3000
     assert list((tmp_path / "cache").glob("*.part")) == []
 
@@ -314,8 +322,8 @@ def test_the_split_does_not_depend_on_the_order_of_rows(encode):
 
 
 def test_rows_of_one_prompt_are_on_one_side(tmp_path):
-    rules = Rules("full_sft", 64, val_fraction=0.5, part="val")
-    pairs = Rules("dpo", 64, val_fraction=0.5, part="val")
+    rules = Rules(CONVERSATION, 64, val_fraction=0.5, part="val")
+    pairs = Rules(PAIR, 64, val_fraction=0.5, part="val")
     sides = []
     for i in range(64):
         prompt = f"question {i}"
@@ -328,7 +336,7 @@ def test_rows_of_one_prompt_are_on_one_side(tmp_path):
 def test_a_part_without_any_row_is_none(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "only one"}])
     parts = [
-        build_rows("pretrain", str(path), tokenizer, 16, part=part, val_fraction=1e-9, cache_dir=tmp_path)
+        build_rows(TEXT, str(path), tokenizer, 16, part=part, val_fraction=1e-9, cache_dir=tmp_path)
         for part in ("train", "val", "val")  # the second time from the cache
     ]
     assert len(parts[0]) == 1 and parts[1:] == [None, None]
@@ -339,7 +347,7 @@ def test_a_lone_surrogate_in_a_field_that_is_not_read_does_no_harm(tmp_path, tok
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     parts = [
-        encode_files([str(path)], tokenizer, Rules("full_sft", 64, "stop", 0.5, part), tmp_path / "cache")
+        encode_files([str(path)], tokenizer, Rules(CONVERSATION, 64, "stop", 0.5, part), tmp_path / "cache")
         for part in ("train", "val")
     ]
     assert sum(part.report.used for part in parts) == 9
@@ -348,7 +356,9 @@ def test_a_lone_surrogate_in_a_field_that_is_not_read_does_no_harm(tmp_path, tok
 @pytest.mark.parametrize(("stage", "folder"), [("pretrain", "pretrain"), ("full_sft", "sft"), ("dpo", "dpo")])
 def test_real_data_is_used_and_counted(data_dir, tmp_path, tokenizer, stage, folder):
     path = min((data_dir / folder).glob("*.jsonl"), key=lambda path: path.stat().st_size)
-    rows = build_rows(stage, str(path), tokenizer, 128, on_bad_row="skip", cache_dir=tmp_path)
+    rows = build_rows(FORM_OF[stage], str(path), tokenizer, 128, on_bad_row="skip", cache_dir=tmp_path)
+    if stage == "dpo":
+        rows.reference = np.zeros((rows.n_pairs, 2), dtype=np.float32)
     report = rows.encoded.report
     assert report.read == report.used + sum(report.dropped.values()) + len(report.bad)
     batch = rows.collate(list(range(len(rows))))

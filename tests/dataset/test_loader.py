@@ -19,7 +19,7 @@ X = IGNORE
 
 
 def text_rows(documents: list[list[int]], max_seq_len: int) -> TextRows:
-    return TextRows(encoded("pretrain", ids=documents), max_seq_len, PAD)
+    return TextRows(encoded(ids=documents), max_seq_len, PAD)
 
 
 def numbered_documents(count: int = 40, seed: int = 0) -> list[list[int]]:
@@ -44,7 +44,7 @@ def test_documents_in_a_row_by_hand():
 
 def test_a_conversation_by_hand():
     """Spans 2..4 and 5..7 of 7 tokens; the label of place i is token i + 1."""
-    data = encoded("full_sft", ids=[[1, 5, 21, 8, 6, 31, 8]], spans=[[2, 4, 5, 7]])
+    data = encoded(ids=[[1, 5, 21, 8, 6, 31, 8]], spans=[[2, 4, 5, 7]])
     batch = TextRows(data, 8, PAD).collate([0])
     assert batch.input_ids.tolist() == [[1, 5, 21, 8, 6, 31, PAD, PAD]]
     assert batch.labels.tolist() == [[X, 21, 8, X, 31, 8, X, X]]
@@ -52,14 +52,13 @@ def test_a_conversation_by_hand():
 
 
 def test_a_span_from_the_very_first_token_has_no_label_for_it():
-    batch = TextRows(encoded("full_sft", ids=[[6, 31, 32]], spans=[[0, 3]]), 4, PAD).collate([0])
+    batch = TextRows(encoded(ids=[[6, 31, 32]], spans=[[0, 3]]), 4, PAD).collate([0])
     assert batch.labels.tolist() == [[31, 32, X, X]]
 
 
 def pair_rows() -> PairRows:
-    return PairRows(
+    rows = PairRows(
         encoded(
-            "dpo",
             chosen=[[1, 5, 6, 20, 8], [1, 7, 6, 40]],
             rejected=[[1, 5, 6, 30, 31, 8], [1, 7, 6, 50]],
             prompt=[3, 3],
@@ -67,11 +66,19 @@ def pair_rows() -> PairRows:
         max_seq_len=6,
         pad_id=PAD,
     )
+    rows.reference = np.array([[-1.0, -2.0], [-3.0, -4.0]], dtype=np.float32)
+    return rows
+
+
+def test_pairs_without_a_reference_refuse_to_be_a_batch():
+    rows = pair_rows()
+    rows.reference = None
+    with pytest.raises(ValueError, match="no reference log-probabilities yet; fill_reference"):
+        rows.collate([0])
 
 
 def test_pairs_by_hand():
     rows = pair_rows()
-    rows.reference = np.array([[-1.0, -2.0], [-3.0, -4.0]], dtype=np.float32)
     assert len(rows) == 2  # 4 + 5 and 3 + 3 places of 12
     batch = rows.collate([0, EMPTY_ROW, 1])
     assert batch.input_ids.tolist() == [
@@ -100,7 +107,8 @@ def test_pairs_by_hand():
 
 def test_several_pairs_share_a_row_in_order():
     same = [[1, 5, 20], [1, 5, 21, 22]] * 3
-    rows = PairRows(encoded("dpo", chosen=same[::2], rejected=same[1::2], prompt=[2, 2, 2]), 8, PAD)
+    rows = PairRows(encoded(chosen=same[::2], rejected=same[1::2], prompt=[2, 2, 2]), 8, PAD)
+    rows.reference = np.zeros((3, 2), dtype=np.float32)
     batch = rows.collate([0])
     assert len(rows) == 1 and batch.n_pairs == 3  # 5 places each, of 16
     assert batch.segment[0].tolist() == [-1, 0, -1, 1, 1, -1, 2, -1, 3, 3, -1, 4, -1, 5, 5, -1]
@@ -120,7 +128,7 @@ def test_a_batch_moves_whole():
 
 def test_columns_read_chunks_in_place():
     documents = [[1, 2, 3], [], [4], [5, 6]]
-    column = Column(encoded("pretrain", ids=documents).columns, "ids")
+    column = Column(encoded(ids=documents).columns, "ids")
     assert [column[i].tolist() for i in range(4)] == documents
     assert column.lengths().tolist() == [3, 0, 1, 2]
 
@@ -239,6 +247,8 @@ def test_an_update_past_the_last_row_is_padding():
 def test_loaders_of_the_stages(tmp_path, tokenizer, stage, build, width):
     path = make_data(tmp_path)[stage]
     loader = build(str(path), tokenizer, 48, 4, accumulation_steps=2, cache_dir=tmp_path / "cache")
+    if isinstance(loader.rows, PairRows):
+        loader.rows.reference = np.zeros((loader.rows.n_pairs, 2), dtype=np.float32)
     batches = loader.update(0)
     assert len(batches) == 2 and all(isinstance(batch, Batch) for batch in batches)
     assert all(batch.input_ids.shape == (4, width) for batch in batches)

@@ -8,6 +8,7 @@ import pytest
 import zstandard
 
 from dataset.records import DataError, expand_paths, read_rows
+from tests.helpers import FORM_OF
 
 GOOD = {
     "pretrain": {"text": "Once upon a time"},
@@ -29,7 +30,7 @@ def read(tmp_path):
 
     def read(stage, content, name="rows.jsonl", **settings):
         (tmp_path / name).write_bytes(content)
-        return list(read_rows([str(tmp_path / name)], stage, **settings))
+        return list(read_rows([str(tmp_path / name)], FORM_OF[stage], **settings))
 
     return read
 
@@ -184,7 +185,7 @@ def test_files_come_in_order_and_globs_sorted(tmp_path):
         (tmp_path / name).write_bytes(line({"text": name}))
     (tmp_path / "d.jsonl").mkdir()
     paths = expand_paths([tmp_path / "c.txt", str(tmp_path / "*.jsonl"), tmp_path / "a.jsonl"])
-    assert [row.value["text"] for row in read_rows(paths, "pretrain")] == ["c.txt", "a.jsonl", "b.jsonl"]
+    assert [row.value["text"] for row in read_rows(paths, FORM_OF["pretrain"])] == ["c.txt", "a.jsonl", "b.jsonl"]
 
 
 def test_a_name_with_glob_characters_is_a_file_first(tmp_path):
@@ -207,4 +208,4 @@ def test_files_that_are_not_there_are_named(tmp_path):
 def test_real_files_pass(data_dir, stage):
     paths = expand_paths(str(data_dir / stage / "*.jsonl"))
     smallest = sorted(paths, key=os.path.getsize)[:3]
-    assert sum(1 for _ in read_rows(smallest, "full_sft" if stage == "sft" else stage)) > 100
+    assert sum(1 for _ in read_rows(smallest, FORM_OF["full_sft" if stage == "sft" else stage])) > 100

@@ -1,6 +1,7 @@
 """The sample data: the same bytes on every run, and nothing in it is trained on what it is scored on.
 
-What a row says is found again by reading its text ("three red horses" -> the pair (red, horse)), not by asking the script.
+What a row says is found again by reading its text ("three red horses" -> the pair (red, horse)), not by asking the
+script.
 """
 
 import importlib.util
@@ -16,7 +17,9 @@ from types import ModuleType
 import pytest
 
 from dataset import DEFAULT_TOKENIZER, load_tokenizer
-from dataset.encode import Encoder, Report, Rules, batched_rows
+from dataset.encode import Encoder, Rules
+from dataset.loader import Report
+from tests.helpers import FORM_OF
 
 SAMPLE = Path(__file__).parent.parent.parent / "dataset" / "sample"
 STAGES = {
@@ -192,9 +195,9 @@ def test_both_manners_are_equally_frequent_before_dpo() -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_row_is_used_whole(name: str) -> None:
-    rules = Rules(STAGES[name], MAX_SEQ_LEN)  # type: ignore[arg-type]
+    rules = Rules(FORM_OF[STAGES[name]], MAX_SEQ_LEN)
     encoder = Encoder([str(SAMPLE / name)], load_tokenizer(DEFAULT_TOKENIZER), rules, Report())
-    encoded = [pair for chunk in batched_rows(encoder.rows()) for pair in encoder.encode(chunk)]
+    encoded = list(encoder.encode(encoder.rows()))
     assert len(encoded) == len(read(name))
     assert not encoder.report.bad and not encoder.report.cut
 

@@ -1,8 +1,9 @@
 """Run under a launcher by test_launchers: what two ranks must have in common, for every engine, as lines of JSON.
 
 Three updates of three accumulated micro-batches, the second with a loss that is not a number on rank 1 alone. Printed:
-the largest difference between what the ranks' networks answer, how often gradients travelled in an update, whether the
-bad update left no trace, and whether ZeRO-3's state comes back from a folder (the argument).
+the largest difference between what the ranks' networks answer (and the ones they generate with), how often gradients
+travelled in an update, whether the bad update left no trace, and whether ZeRO-3's state comes back from a folder (the
+argument).
 """
 
 import json
@@ -18,11 +19,11 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset.batch import Batch
+from dataset.batch import IGNORE, Batch
 from model import GPT, GPTConfig
 from training import NextToken, PretrainConfig, build_engine
 from training.distributed import World, start
-from training.engines import SingleEngine
+from training.engines import Engine, Machine
 from training.engines.named_state import UniversalState
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -42,8 +43,8 @@ device = torch.device("cpu")
 class Poisoned(NextToken):
     """Not a number on rank 1."""
 
-    def __call__(self, model: Any, batch: Any) -> Any:
-        loss, sums = super().__call__(model, batch)
+    def __call__(self, output: Any, batch: Any) -> Any:
+        loss, sums = super().__call__(output, batch)
         return loss * (float("nan") if world.rank == 1 else 1.0), sums
 
 
@@ -72,15 +73,40 @@ def micro_batches(update: int) -> list[Batch]:
     return batches
 
 
-def answers(engine: SingleEngine) -> torch.Tensor:
-    return engine.apply(lambda network: network(torch.arange(16).expand(1, 16)))
+def question() -> Batch:
+    """-log p of every token there is after the same 16, which no two networks agree on."""
+    ids = torch.arange(16).expand(SHAPE.vocab_size, 16)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, -1] = torch.arange(SHAPE.vocab_size)
+    return Batch(ids, labels, ids, [0], ids.numel(), SHAPE.vocab_size)
 
 
-def difference_between_ranks(engine: SingleEngine) -> float:
+def answers(engine: Engine) -> torch.Tensor:
+    return engine.per_place(question()).nll
+
+
+def difference_between_ranks(engine: Engine) -> float:
     low, high = answers(engine).clone(), answers(engine).clone()
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
     return float((high - low).max())
+
+
+def generators_difference(engine: Engine) -> float:
+    """Between what the network answers and what the one to generate with does, on the worst rank."""
+    batch, expected = question(), answers(engine)
+    with engine.generator() as network, torch.no_grad():
+        worst = (network(batch.input_ids, batch.position_ids, batch.labels) - expected).abs().max()
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return float(worst)
+
+
+def weights_of_one_model(engine: str) -> list[float]:
+    """Both ranks hold one model between them, so neither may count the other's rows: the weight each divides by."""
+    one = World(world.rank, world.size, world.local_rank, world.local_size, world.launcher, model_size=2)
+    config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, engine=engine)  # type: ignore[arg-type]
+    spread = build_engine(GPT(SHAPE), config, Machine(one, device, torch.float32))
+    return spread.gather(spread.forward_backward(micro_batches(0)[: 1 + world.rank], NextToken()).weight)
 
 
 def comes_back_by_name(engine: Any, folder: Path) -> bool:
@@ -97,7 +123,7 @@ def comes_back_by_name(engine: Any, folder: Path) -> bool:
 def try_out(flags: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, **flags)
-    engine = build_engine(GPT(SHAPE), config, device, torch.float32, world)
+    engine = build_engine(GPT(SHAPE), config, Machine(world, device, torch.float32))
     ddp_calls: Counter[int] = Counter()
 
     def counting_hook(state, bucket):  # DDP's reducer is C++ and calls nothing that can be watched
@@ -115,7 +141,7 @@ def try_out(flags: dict[str, Any]) -> dict[str, Any]:
     no_trace = bool(torch.equal(answers(engine), before)) and norm not in (0.0, 1.0) and not norm < float("inf")
     ddp_calls.clear()
     with Reductions() as reductions:
-        sums, _ = engine.forward_backward(micro_batches(2), NextToken())
+        sums = engine.forward_backward(micro_batches(2), NextToken()).sums
     good = engine.step(1e-2)
     moved = not torch.equal(answers(engine), before)
     kept = True
@@ -124,6 +150,7 @@ def try_out(flags: dict[str, Any]) -> dict[str, Any]:
     return {
         "state by name": kept,
         "difference": difference_between_ranks(engine),
+        "generator's difference": generators_difference(engine),
         "reductions": max(ddp_calls.values()) if ddp_calls else sum(reductions.calls.values()),
         "kinds": dict(reductions.calls),
         "bad update left no trace": no_trace and moved and 0 < good < float("inf"),
@@ -136,4 +163,8 @@ for name, flags in ENGINES.items():
     result = try_out(flags)
     if world.rank == 0:
         print(json.dumps({"engine": name} | result), flush=True)
+for name in ("ddp", "fsdp"):
+    weights = weights_of_one_model(name)
+    if world.rank == 0:
+        print(json.dumps({"engine": f"{name}, one model on two ranks", "weights": weights}), flush=True)
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a run survives, and how it ends where it cannot: lost workers, lost nodes, addresses and disks that are wrong."""
+"""What a run survives, and how it ends where it cannot: lost workers and nodes, wrong addresses, disks not shared."""
 
 import json
 import os

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import TINY, command, environment, losses, make_data, run, train_here
+from tests.helpers import TINY, command, environment, losses, make_data, run_here, train_here
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def test_kill_9_during_a_save_loses_nothing_saved_before(base: Path, tmp_path: P
     process.wait()
     newest = max(int(path.parent.name.removeprefix("step_")) for path in checkpoints.glob("step_*/COMPLETE"))
     assert newest >= 2
-    done = run("pretrain", *flags_of(base, tmp_path), "--max_steps", newest + 3)
+    done = run_here("pretrain", *flags_of(base, tmp_path), "--max_steps", newest + 3)
+    assert done.returncode == 0, done.stderr
     assert f"resumed from {checkpoints}/step_{newest:06d}" in done.stdout + done.stderr
     assert sorted(losses(tmp_path, "pretrain")) == list(range(1, newest + 4))
     assert not list(checkpoints.glob(".step_*"))  # the half-written one is gone
@@ -78,7 +79,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_said_and_costs_only_the_new_checkpoint(base: Path, small_disk: Path) -> None:
     flags = [*flags_of(base, small_disk), "--max_steps", 6, "--save_interval", 2, "--keep_last", 5]
-    done = run("pretrain", *flags, check=False)
+    done = run_here("pretrain", *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     said = done.stdout + done.stderr
     assert "could not be saved" in said and "earlier checkpoints are untouched" in said and "No space left" in said
@@ -87,13 +88,17 @@ def test_a_full_disk_is_said_and_costs_only_the_new_checkpoint(base: Path, small
     assert not list(checkpoints.glob(".step_*"))
     # with room again, the same command goes on
     subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
-    done = run("pretrain", *flags)
-    assert "resumed from" in done.stdout + done.stderr
+    done = run_here("pretrain", *flags)
+    assert done.returncode == 0 and "resumed from" in done.stdout + done.stderr
 
 
 BROKEN = {
     "truncated": (b'{"text": "whole"}\n{"text": "cut of', ":2: found broken JSON", "the line is cut short"),
-    "other stage": (b'{"conversations": [{"role": "user", "content": "hi"}]}\n', ":1: found the keys 'conversations'", "train_full_sft.py"),
+    "other stage": (
+        b'{"conversations": [{"role": "user", "content": "hi"}]}\n',
+        ":1: found the keys 'conversations'",
+        "train_full_sft.py",
+    ),
     "empty": (b"", ":1: found an empty file", '{"text": "..."}'),
     "not UTF-8": ('{"text": "caf\u00e9"}'.encode("latin-1") + b"\n", ":1: found bytes that are not UTF-8", "0xe9"),
     "array": (b'[{"text": "a"}]\n', ":1: found a list", "one object a line"),

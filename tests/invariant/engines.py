@@ -30,7 +30,7 @@ def flags_of(base: Path, stage: str, name: str, *flags: object) -> list:
         "--eval_interval",
         4,
         "--sample_interval",
-        6,
+        7,
     ]
     return [*stage_flags(base, stage, base / name), *steps, *flags]
 

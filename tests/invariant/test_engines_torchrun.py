@@ -9,7 +9,9 @@ from tests.invariant.engines import STAGES, same_as_alone, train_all, train_alon
 TORCHRUN = {
     "ddp": ["--engine", "ddp"],
     "fsdp": ["--engine", "fsdp"],
-    "fsdp, offload, checkpointing, async": ["--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save"],
+    "fsdp, offload, checkpointing, async": [
+        "--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save",
+    ],
 }  # fmt: skip
 FOUR = {"ddp": ["--engine", "ddp"], "fsdp, a copy a node": ["--engine", "fsdp", "--hsdp"]}
 

@@ -1,4 +1,4 @@
-"""Options that must not change what is learnt: checkpointed activations, compiled blocks, precision, the optimizer's name."""
+"""Options that must not change what is learnt: checkpointed activations, compiled blocks, precision, the optimizer."""
 
 import math
 from pathlib import Path

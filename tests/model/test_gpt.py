@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import model.gpt
 from model import GPT, GPTConfig
 from model.config import default_ffn_dim
-from model.gpt import IGNORE, KVCache
+from model.gpt import IGNORE, KVCache, Role, fresh_weights
 
 DOCUMENTS = [[5, 9, 2, 40, 7], [3, 3, 8], [60, 1, 4, 4, 4, 12]]
 
@@ -45,6 +45,14 @@ def test_ffn_width_is_8_thirds_of_dim_rounded_up_to_64(dim, width):
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**changes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_count_the_matrices_that_are_multiplied(tied):
+    config = GPTConfig(vocab_size=300, dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, tie_embeddings=tied)
+    matrices = [p for name, p in GPT(config).named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
+    matmul = sum(p.numel() for p in matrices) + (300 * 32 if tied else 0)
+    assert config.flops_per_token(128) == 6 * matmul + 12 * 3 * 4 * 16 * 128
 
 
 def test_initial_weights_are_small_and_smaller_into_the_residual_stream():
@@ -117,7 +125,7 @@ def test_recomputed_activations_give_the_same_gradient(make_model, dropout):
     ids, positions = packed_row(DOCUMENTS)
     gradients = []
     for recompute in (False, True):
-        network.model.grad_checkpointing = recompute
+        network.recompute_activations(recompute)
         torch.manual_seed(3)
         gradients.append(torch.autograd.grad(network(ids, positions, ids).sum(), list(network.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -146,3 +154,77 @@ def test_a_cache_counts_positions_by_itself(make_model):
     cache = KVCache(network.config, 1, 6, torch.device("cpu"), torch.float32)
     cached = torch.cat([network(part, cache=cache) for part in ids.split(2, 1)], 1)
     torch.testing.assert_close(cached, network(ids), atol=1e-5, rtol=1e-5)
+
+
+# What parameters are for ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_every_parameter_has_a_role(make_model, tied, qk_norm):
+    network = make_model(n_layers=1, tie_embeddings=tied, qk_norm=qk_norm)
+    layer = "model.layers.0"
+    matrices = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["self_attn.q_norm", "self_attn.k_norm"] if qk_norm else []
+    expected = {f"{layer}.{name}.weight": Role.HIDDEN for name in matrices}
+    expected |= {f"{layer}.{name}.weight": Role.NORM for name in norms}
+    expected |= {"model.embed_tokens.weight": Role.EMBEDDING, "model.norm.weight": Role.NORM}
+    expected |= {} if tied else {"lm_head.weight": Role.HEAD}
+    assert network.roles() == expected
+    assert network.roles().keys() == dict(network.named_parameters()).keys()
+
+
+def test_roles_need_no_memory_and_no_shape(make_model):
+    with torch.device("meta"):
+        hollow = GPT(make_model(tie_embeddings=False).config)
+    assert hollow.roles() == make_model(tie_embeddings=False).roles()
+    for parameter in hollow.parameters():
+        parameter.data = torch.empty(parameter.numel(), device="meta")  # as a sharded model may hold it
+    assert hollow.roles() == make_model(tie_embeddings=False).roles()
+
+
+def test_what_is_none_of_ours_has_the_role_other(make_model):
+    network = make_model()
+    known = network.roles()
+    network.scale = torch.nn.Parameter(torch.ones(3, 3))
+    network.model.extra = torch.nn.LayerNorm(32)
+    network.model.layers[1].mlp.gate = torch.nn.Conv1d(32, 4, 3)
+    others = ["scale", "model.extra.weight", "model.extra.bias"]
+    others += ["model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.bias"]
+    assert network.roles() == known | dict.fromkeys(others, Role.OTHER)
+
+
+@pytest.mark.parametrize(
+    ("role", "decays", "orthogonal"),
+    [
+        (Role.HIDDEN, True, True),
+        (Role.HEAD, True, False),
+        (Role.EMBEDDING, False, False),
+        (Role.NORM, False, False),
+        (Role.OTHER, False, False),
+    ],
+)
+def test_decay_and_muon_follow_from_the_role(role, decays, orthogonal):
+    assert (role.decays, role.orthogonal) == (decays, orthogonal)
+
+
+def test_the_blocks_are_the_layers_in_order(make_model):
+    network = make_model(n_layers=3)
+    blocks = network.blocks()
+    assert [block.self_attn.layer for block in blocks] == [0, 1, 2]
+    assert all(block is layer for block, layer in zip(blocks, network.model.layers, strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fresh_weights_are_every_parameter_made_as_the_model_makes_it(tied):
+    config = GPTConfig(vocab_size=500, dim=64, n_layers=8, qk_norm=True, tie_embeddings=tied)
+    weights = dict(fresh_weights(config, seed=3))
+    torch.manual_seed(3)  # the generator of a whole model is the global one
+    network = GPT(config)
+    assert {name: w.shape for name, w in weights.items()} == {n: p.shape for n, p in network.named_parameters()}
+    assert all(torch.equal(again, weights[name]) for name, again in fresh_weights(config, seed=3))
+    for name, parameter in network.named_parameters():
+        assert weights[name].std(correction=0).item() == pytest.approx(parameter.std(correction=0).item(), rel=0.1)
+        assert weights[name].mean().item() == pytest.approx(parameter.mean().item(), abs=0.002)

@@ -19,7 +19,7 @@ from tests.helpers import (
     launched,
     losses,
     metrics,
-    run,
+    run_here,
     stage_flags,
     train_here,
     train_start,
@@ -77,7 +77,7 @@ def test_another_number_of_ranks_sees_every_row_once(base: Path, tmp_path: Path)
 def test_a_changed_setting_that_breaks_the_run_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     flags = [*flags_of(base, "pretrain", tmp_path), "--max_steps", 5]
     train_here("pretrain", *flags)
-    done = run("pretrain", *flags, "--seed", 7, check=False)
+    done = run_here("pretrain", *flags, "--seed", 7)
     assert done.returncode == 2 and "seed" in done.stderr and "--resume none" in done.stderr
     assert "Traceback" not in done.stderr
 

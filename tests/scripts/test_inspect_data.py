@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dataset import render_chat
-from scripts.inspect_data import histogram, main, marked, render
+from dataset import CONVERSATION, TEXT, render_chat
+from scripts.inspect_data import histogram, main, marked
 from tests.helpers import ROOT
 from tests.memorised import CONVERSATIONS, assistant, user
 
@@ -66,7 +67,7 @@ def test_both_answers_of_a_pair_are_shown(tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_nothing_is_shown_that_is_not_in_the_row(tokenizer, messages):
     """Without the marks, the text is what the tokens decode to."""
-    ((_, ids, supervised),) = render(tokenizer, "full_sft", {"conversations": messages})
+    ((_, ids, supervised),) = CONVERSATION.render({"conversations": messages}, tokenizer)
     text = marked(tokenizer, ids, supervised, colour=True)
     whole = tokenizer.decode(ids, skip_control=False)
     lone_bytes = any(tokenizer.token_text(i).startswith("<0x") for i in ids)
@@ -128,7 +129,7 @@ def test_a_given_stage_decides_what_is_bad(tmp_path, capsys, flag, form):
 
 
 def test_doublings_hold_every_length_once():
-    lines = histogram([1, 2, 3, 4, 7, 8, 64], "", "pretrain", max_seq_len=62)
+    lines = histogram([1, 2, 3, 4, 7, 8, 64], "", TEXT, max_seq_len=62)
     assert lines[0] == "tokens a row: 7 rows, median 4, longest 64"
     found = [(line.split("  #")[0].strip(), int(line.split()[-2])) for line in lines[1:-1]]
     assert [span for span, _ in found][:4] == ["1 - 1", "2 - 3", "4 - 7", "8 - 15"]
@@ -137,10 +138,16 @@ def test_doublings_hold_every_length_once():
     assert lines[-1].strip() == "1 rows are longer than --max_seq_len 62: split, nothing is lost"
 
 
-def test_it_runs_as_a_script_from_anywhere(tmp_path):
+def test_it_runs_as_a_script_from_anywhere(tmp_path, monkeypatch, capsys):
     write(tmp_path / "text.jsonl", ROWS["pretrain"])
-    command = [sys.executable, str(ROOT / "scripts" / "inspect_data.py")]
-    done = subprocess.run([*command, "text.jsonl"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    script = str(ROOT / "scripts" / "inspect_data.py")
+    command = [sys.executable, script, "text.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "") and "text.jsonl:1" in done.stdout
-    done = subprocess.run([*command, "nowhere.jsonl"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: nowhere.jsonl: no such file")
+    # a second process would only import once more
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, "nowhere.jsonl"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "") and err.startswith("error: nowhere.jsonl: no such file")

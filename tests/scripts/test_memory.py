@@ -1,11 +1,13 @@
 """The memory table: what a rank holds is what the ZeRO paper says it holds."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, launched
+from tests.helpers import ROOT, environment, train_many
 
 SHAPE = ["--dim", 256, "--n_layers", 4, "--device", "cpu", "--dtype", "float32"]
 N = 4_458_752  # parameters of that shape
@@ -17,14 +19,27 @@ ENGINES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    runs = [("memory", [*SHAPE, *flags]) for flags, _ in ENGINES.values()]
+    said = train_many(tmp_path_factory.mktemp("memory"), runs)
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    return dict(zip(ENGINES, lines, strict=True))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_hold_half_of_what_is_sharded(engine: str) -> None:
-    flags, expected = ENGINES[engine]
-    said = launched(ROOT / "scripts/memory.py", *SHAPE, *flags).stdout
-    result: dict[str, Any] = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+def test_two_ranks_hold_half_of_what_is_sharded(results: dict[str, dict[str, Any]], engine: str) -> None:
+    result, expected = results[engine], ENGINES[engine][1]
     assert result["ranks"] == 2
     for part, size in expected.items():
         assert result["formula"][part] == size
         assert result["measured"][part] == pytest.approx(size, rel=1e-3), part
     if engine == "zero3":  # DeepSpeed leaves parameters below 100,000 elements whole
         assert result["measured"]["parameters"] < 0.7 * 4 * N and result["measured"]["gradients"] < 0.7 * 4 * N
+
+
+def test_it_runs_as_a_script() -> None:
+    command = [sys.executable, ROOT / "scripts/memory.py", "--dim", 32, "--n_layers", 1, *SHAPE[4:]]
+    done = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))["ranks"] == 1

@@ -9,7 +9,7 @@ from dataset.loader import TextRows
 from tests.conftest import encoded
 from training import NextToken, PretrainConfig, checkpoint
 from training.distributed import World
-from training.engines import SingleEngine
+from training.engines import Machine, SingleEngine
 
 RUN = {"progress": {"step": 2}, "note": "kept as it is"}
 
@@ -18,13 +18,15 @@ RUN = {"progress": {"step": 2}, "note": "kept as it is"}
 def make_engine(make_model):
     def make(seed: int = 0, **settings) -> SingleEngine:
         config = PretrainConfig(**settings)
-        return SingleEngine(make_model(seed=seed, n_layers=1), config, torch.device("cpu"), torch.float32, World())
+        return SingleEngine(
+            make_model(seed=seed, n_layers=1), config, Machine(World(), torch.device("cpu"), torch.float32)
+        )
 
     return make
 
 
 def train(engine: SingleEngine, updates: int = 2) -> None:
-    rows = TextRows(encoded("pretrain", ids=[[1, 21, 22, 23, 2], [1, 31, 32, 33, 2]]), 8, 3)
+    rows = TextRows(encoded(ids=[[1, 21, 22, 23, 2], [1, 31, 32, 33, 2]]), 8, 3)
     for _ in range(updates):
         engine.forward_backward([rows.collate([0])], NextToken())
         engine.step(1e-2)

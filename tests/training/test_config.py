@@ -1,12 +1,12 @@
 """Flags and YAML: what is given is what is used, and what is not known is named with its nearest neighbour."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import pytest
 
 from tests.helpers import ROOT
-from training import DPOConfig, PretrainConfig, SFTConfig, load_config
-from training.config import save_config
+from training import STAGES, DPOConfig, PretrainConfig, SFTConfig, load_config
+from training.config import SHAPE_FLAGS, Rule, rules, save_config
 
 
 def load(*argv: str, cls=PretrainConfig):
@@ -62,9 +62,9 @@ def test_an_unknown_key_names_file_and_nearest(recipe):
         ("warmup_steps", "-1", "--warmup_steps is -1; it must be at least 0"),
         ("val_fraction", "1.0", "val_fraction is 1.0; it must be in"),
         ("dropout", "-0.1", "dropout is -0.1"),
-        ("learning_rate", "0", "learning_rate 0.0 .*more than 0"),
+        ("learning_rate", "0", "--learning_rate is 0.0; it must be more than 0"),
         ("learning_rate", ".nan", "learning_rate"),
-        ("epochs", "-1", "epochs -1.0 .*more than 0"),
+        ("epochs", "-1", "--epochs is -1.0; it must be more than 0"),
     ],
 )
 def test_a_bad_value_is_named_on_the_command_line_and_in_a_file(recipe, name, value, message):
@@ -138,7 +138,8 @@ def test_numbers_as_people_write_them(recipe):
 @pytest.mark.parametrize("cls", [PretrainConfig, SFTConfig, DPOConfig])
 def test_a_saved_config_loads_as_itself(tmp_path, cls):
     flags = ["--dim", "768", "--learning_rate", "3e-5", "--init_from", "none", "--tie_embeddings", "false",
-             "--sample_prompt", "你好: #1", "--wandb_run_name", "007", "--data_path", "a b.jsonl", "c.jsonl"]  # fmt: skip
+             "--sample_prompt", "你好: #1", "--wandb_run_name", "007",
+             "--data_path", "a b.jsonl", "c.jsonl"]  # fmt: skip
     for argv in ([], flags):
         config = load(*argv, cls=cls)
         save_config(config, tmp_path / "config.yaml")
@@ -173,3 +174,86 @@ def test_help_shows_every_flag_and_no_path_of_this_machine(capsys):
 
 def test_the_run_folder_is_named_by_stage_and_width():
     assert str(load("--dim", "768", cls=SFTConfig).run_dir) == "out/full_sft_768"
+
+
+# Rules ----------------------------------------------------------------------------------------------------------
+
+CONFIGS = [stage.config for stage in STAGES.values()]
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_flag_has_a_rule_that_says_what_a_change_means_at_a_resume(cls):
+    found = rules(cls)
+    assert list(found) == [f.name for f in fields(cls)]
+    assert all(rule.help and rule.group for rule in found.values())
+    assert {rule.resume for rule in found.values()} == {"refuse", "note", "free"}
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_what_makes_another_run_is_refused_and_what_bends_it_is_noted(cls):
+    found = {name: rule.resume for name, rule in rules(cls).items()}
+    assert {found[name] for name in (*SHAPE_FLAGS, "max_seq_len", "optimizer", "seed")} == {"refuse"}
+    noted = ("beta1", "beta2", "decay_fraction", "lr_schedule", "learning_rate", "weight_decay", "batch_size", "dtype")
+    assert {found[name] for name in noted} == {"note"}
+    assert {found[name] for name in ("log_interval", "grad_checkpointing", "compile", "cache_dir")} == {"free"}
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_a_default_of_a_stage_keeps_the_rule_all_stages_have(cls):
+    shared = rules(PretrainConfig)
+    changed = {name for name, rule in rules(cls).items() if name in shared and rule != shared[name]}
+    assert changed == ({"batch_size"} if cls is DPOConfig else set())
+    if changed:  # it says more, and bounds the same
+        assert replace(rules(cls)["batch_size"], help="") == replace(shared["batch_size"], help="")
+
+
+def edges(cls) -> list[tuple[str, float, bool]]:
+    """(flag, value, whether its rule allows it) at every bound of every rule."""
+    found: list[tuple[str, float, bool]] = []
+    for name, rule in rules(cls).items():
+        if rule.at_least is not None:
+            found += [(name, rule.at_least, True), (name, rule.at_least - 1, False)]
+        if rule.above is not None:
+            found += [(name, rule.above, False), (name, rule.above + 1e-6, True)]
+        if rule.below is not None:
+            found += [(name, rule.below, False), (name, rule.below - 1e-6, True)]
+        if (rule.at_least, rule.above, rule.below) != (None, None, None):
+            found.append((name, float("nan"), False))
+    return found
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_range_in_a_rule_is_kept_to_its_edge(cls):
+    checked = edges(cls)
+    assert len({name for name, _, _ in checked}) > 15
+    for name, value, allowed in checked:
+        config = cls(**{name: value})
+        if allowed:
+            config.check()
+        else:
+            with pytest.raises(ValueError, match=f"^--{name} is {value}; it must be "):
+                config.check()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "good", "bad", "expected"),
+    [
+        ({"at_least": 1}, [1, 1.5, 10**9], [0, 0.999], "at least 1"),
+        ({"above": 0}, [1e-9, 7], [0, -1], "more than 0"),
+        ({"at_least": 0, "below": 1}, [0, 0.5, 0.999], [-0.1, 1, 2], r"in \[0, 1\)"),
+        ({}, [-1, 0, "text", None, float("nan")], [], ""),
+    ],
+)
+def test_a_rule_alone_decides_a_range(bounds, good, bad, expected):
+    rule = Rule("help", "group", **bounds)
+    for value in good:
+        rule.check("name", value)
+    for value in bad:
+        with pytest.raises(ValueError, match=f"--name is {value}; it must be {expected}"):
+            rule.check("name", value)
+
+
+def test_what_is_not_given_is_in_no_range():
+    config = load()
+    assert config.min_lr is config.warmup_steps is config.max_seq_len is None
+    config.check()

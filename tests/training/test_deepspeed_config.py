@@ -11,7 +11,7 @@ from tests.helpers import ROOT
 from training import DPOConfig, PretrainConfig
 from training.config import Config
 from training.distributed import World
-from training.engines import build_engine, engine_name
+from training.engines import Machine, build_engine, engine_name
 from training.engines.deepspeed_config import deepspeed_settings
 
 SHIPPED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
@@ -58,22 +58,46 @@ def test_the_accumulation_that_a_global_batch_size_sets(tmp_path: Path) -> None:
 
 
 CONFLICTS = {
-    "batch": ({"train_micro_batch_size_per_gpu": 4}, {"batch_size": 8}, r"--batch_size is 8, but .*ds.json says train_micro_batch_size_per_gpu 4"),
-    "accumulation": ({"gradient_accumulation_steps": 2}, {}, r"--accumulation_steps is 1, but .* says gradient_accumulation_steps 2"),
-    "whole batch": ({"train_batch_size": 64}, {"batch_size": 8}, r"--batch_size x --accumulation_steps x processes is 16, but .* train_batch_size 64"),
+    "batch": (
+        {"train_micro_batch_size_per_gpu": 4},
+        {"batch_size": 8},
+        r"--batch_size is 8, but .*ds.json says train_micro_batch_size_per_gpu 4",
+    ),
+    "accumulation": (
+        {"gradient_accumulation_steps": 2},
+        {},
+        r"--accumulation_steps is 1, but .* says gradient_accumulation_steps 2",
+    ),
+    "whole batch": (
+        {"train_batch_size": 64},
+        {"batch_size": 8},
+        r"--batch_size x --accumulation_steps x processes is 16, but .* train_batch_size 64",
+    ),
     "clipping": ({"gradient_clipping": 0.3}, {}, r"--grad_clip is 1.0, but .* says gradient_clipping 0.3"),
     "precision": ({"bf16": {"enabled": True}}, {}, r"--dtype is torch.float32, but .* says bf16.enabled true"),
-    "stage": ({"zero_optimization": {"stage": 2}}, {"zero_stage": 3}, r"--zero_stage is 3, but .* says zero_optimization.stage 2"),
-    "offload": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {"offload": "none"}, r"--offload is none, but .*offload_optimizer.device \"cpu\""),
+    "stage": (
+        {"zero_optimization": {"stage": 2}},
+        {"zero_stage": 3},
+        r"--zero_stage is 3, but .* says zero_optimization.stage 2",
+    ),
+    "offload": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        {"offload": "none"},
+        r"--offload is none, but .*offload_optimizer.device \"cpu\"",
+    ),
     "optimizer": ({"optimizer": {"type": "Adam"}}, {}, r"ds.json has 'optimizer', which our flags decide"),
     "schedule": ({"scheduler": {"type": "WarmupLR"}}, {}, r"ds.json has 'scheduler', which our flags decide"),
     "not JSON": ("{zero", {}, r"ds.json: not JSON"),
     "a list": ([], {}, r"ds.json: found list, expected an object"),
-    "offload without parts": (None, {"zero_stage": 0, "offload": "cpu"}, r"--offload cpu needs --zero_stage 1, 2 or 3, and the stage is 0"),
+    "offload without parts": (
+        None,
+        {"zero_stage": 0, "offload": "cpu"},
+        r"--offload cpu needs --zero_stage 1, 2 or 3, and the stage is 0",
+    ),
     "disk": (None, {"zero_stage": 2, "offload": "nvme"}, r"--offload nvme needs --zero_stage 3, and the stage is 2"),
     "no such stage": (None, {"zero_stage": 4}, r"--zero_stage is 4; it must be 0, 1, 2 or 3"),
     "muon": (None, {"optimizer": "muon"}, r"--optimizer muon needs whole matrices"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFLICTS)
@@ -136,4 +160,4 @@ def test_a_flag_of_another_engine_is_refused(make_model: Any, name: str) -> None
     flags, message = WRONG[name]
     world = World(size=2, local_size=2, launcher="torchrun")
     with pytest.raises(ValueError, match=message):
-        build_engine(make_model(), Config(**flags), torch.device("cpu"), torch.float32, world)
+        build_engine(make_model(), Config(**flags), Machine(world, torch.device("cpu"), torch.float32))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from dataset.batch import IGNORE, Batch
 from dataset.loader import EMPTY_ROW, PairRows, TextRows
 from tests.conftest import encoded
-from training import DPO, NextToken
-from training.objectives import sequence_logps
+from training import DPO, STAGES, DPOConfig, NextToken, load_config
+from training.objectives import Output, answer_logps
 
 DOCUMENTS = [[1, 21, 22, 23, 2], [1, 31, 2], [1, 41, 42, 43, 44, 45, 46, 2]]
 PROMPT = [1, 5, 6]
@@ -25,9 +25,13 @@ def pair_rows() -> PairRows:
         "rejected": [PROMPT + a for a in REJECTED],
         "prompt": [3] * 4,
     }
-    rows = PairRows(encoded("dpo", **columns), max_seq_len=12, pad_id=3)
+    rows = PairRows(encoded(**columns), max_seq_len=12, pad_id=3)
     rows.reference = REFERENCE.numpy()
     return rows
+
+
+def ask(model, batch: Batch) -> Output:
+    return Output(nll=model(batch.input_ids, batch.position_ids, batch.labels))
 
 
 def answer_logp(model, answer: list[int]) -> torch.Tensor:
@@ -47,11 +51,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_next_token_is_a_sum_over_supervised_tokens(make_model):
     model = make_model()
-    rows = TextRows(encoded("pretrain", ids=DOCUMENTS), 9, 3)  # 7 + 2 and 4 places: no document is cut
+    rows = TextRows(encoded(ids=DOCUMENTS), 9, 3)  # 7 + 2 and 4 places: no document is cut
     batch = rows.collate([0, 1, EMPTY_ROW])
     sizes = torch.arange(97)  # pretend that token i stands for i bytes
     objective = NextToken(sizes)
-    loss, sums = objective(model, batch)
+    loss, sums = objective(ask(model, batch), batch)
     plain = sum(
         F.cross_entropy(model(torch.tensor([d[:-1]]))[0], torch.tensor(d[1:]), reduction="sum") for d in DOCUMENTS
     )
@@ -69,20 +73,20 @@ def test_means_and_bits_per_byte_are_taken_once():
 
 def test_an_update_of_padding_alone_is_nothing(make_model):
     model = make_model()
-    batch = TextRows(encoded("pretrain", ids=DOCUMENTS), 10, 3).collate([EMPTY_ROW])
-    loss, sums = NextToken(torch.ones(97))(model, batch)
+    batch = TextRows(encoded(ids=DOCUMENTS), 10, 3).collate([EMPTY_ROW])
+    loss, sums = NextToken(torch.ones(97))(ask(model, batch), batch)
     assert loss.item() == 0 and NextToken().weight(batch) == 0
     assert not gradient(loss, model).any()
     assert NextToken(torch.ones(97)).metrics({k: float(v) for k, v in sums.items()}, 0.0) == {"loss": 0.0}
     pairs = pair_rows().collate([EMPTY_ROW])
-    loss, _ = DPO()(model, pairs)
+    loss, _ = DPO()(ask(model, pairs), pairs)
     assert loss.item() == 0 and DPO().weight(pairs) == 0
     assert not gradient(loss, model).any()
 
 
 def test_bytes_are_counted_for_supervised_labels_alone(make_model):
     batch = Batch(torch.tensor([[1, 2, 3]]), torch.tensor([[5, IGNORE, 7]]), torch.tensor([[0, 1, 2]]), [0], 3, 2)
-    assert NextToken(torch.arange(97) + 100)(make_model(), batch)[1]["bytes"].item() == 105 + 107
+    assert NextToken(torch.arange(97) + 100)(ask(make_model(), batch), batch)[1]["bytes"].item() == 105 + 107
 
 
 def test_log_probabilities_of_packed_answers_are_those_of_the_answers_alone(make_model):
@@ -92,7 +96,7 @@ def test_log_probabilities_of_packed_answers_are_those_of_the_answers_alone(make
     batch = rows.collate([1, EMPTY_ROW, 0])
     with torch.no_grad():
         expected = [[float(answer_logp(model, answers[i])) for answers in (CHOSEN, REJECTED)] for i in batch.pair_ids]
-        torch.testing.assert_close(sequence_logps(model, batch), torch.tensor(expected), atol=1e-4, rtol=1e-6)
+        torch.testing.assert_close(answer_logps(ask(model, batch), batch), torch.tensor(expected), atol=1e-4, rtol=1e-6)
     assert sorted(batch.pair_ids) == [0, 1, 2, 3]
 
 
@@ -104,7 +108,7 @@ def test_dpo_is_equation_7_of_its_paper_and_its_gradient(make_model, beta):
     """
     model = make_model()
     batch = pair_rows().collate([0, 1])
-    loss, sums = DPO(beta)(model, batch)
+    loss, sums = DPO(beta)(ask(model, batch), batch)
     chosen = torch.stack([answer_logp(model, CHOSEN[i]) for i in range(4)])
     rejected = torch.stack([answer_logp(model, REJECTED[i]) for i in range(4)])
     reward = {
@@ -132,8 +136,8 @@ def test_dpo_is_equation_7_of_its_paper_and_its_gradient(make_model, beta):
 def test_dpo_starts_at_log_2(make_model):
     model = make_model()
     batch = pair_rows().collate([0, 1])
-    batch.reference = sequence_logps(model, batch).detach()
-    _, sums = DPO()(model, batch)
+    batch.reference = answer_logps(ask(model, batch), batch).detach()
+    _, sums = DPO()(ask(model, batch), batch)
     assert sums["loss"].item() == pytest.approx(4 * math.log(2))
     assert sums["chosen_reward"].item() == sums["rejected_reward"].item() == sums["reward_accuracy"].item() == 0
 
@@ -141,6 +145,68 @@ def test_dpo_starts_at_log_2(make_model):
 def test_how_pairs_are_batched_does_not_matter(make_model):
     model = make_model()
     rows = pair_rows()
-    together = DPO()(model, rows.collate([0, 1]))[0]
-    apart = DPO()(model, rows.collate([1]))[0] + DPO()(model, rows.collate([0]))[0]
+
+    def dpo(batch) -> torch.Tensor:
+        return DPO()(ask(model, batch), batch)[0]
+
+    together = dpo(rows.collate([0, 1]))
+    apart = dpo(rows.collate([1])) + dpo(rows.collate([0]))
     assert relative(gradient(apart, model), gradient(together, model)) < 1e-5
+
+
+HEALTHY = {"step": 40, "loss": 0.4, "lr": 1e-5, "reward_margin": 0.6, "reward_accuracy": 0.9, "drift": -3.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"reward_margin": -5e-4, "loss": 0.69, "reward_accuracy": 0.5}, ["reward_margin is -5.0e-04 at step 40"]),
+        ({"reward_margin": -5e-4, "lr": 0.0}, []),  # nothing was meant to move
+        ({"reward_margin": -0.5}, []),  # wrong, but it moves
+        (
+            {"reward_margin": 9.0, "reward_accuracy": 1.0, "loss": 0.002},
+            ["loss 0.0020 with every pair right at step 40"],
+        ),
+        ({"reward_margin": 9.0, "reward_accuracy": 1.0, "loss": 0.02}, []),
+        ({"reward_margin": 9.0, "reward_accuracy": 0.99, "loss": 0.002}, []),
+        ({"drift": -50.0}, []),
+        ({"drift": -81.4}, ["the chosen answers lost 81 nats each"]),
+        (
+            {"reward_margin": 9.0, "reward_accuracy": 1.0, "loss": 0.002, "drift": -81.4},
+            ["saturated; lower --learning_rate or --epochs", "lost 81 nats"],
+        ),
+    ],
+)
+def test_preference_training_that_does_nothing_or_too_much_is_told_from_step_20_on(changes, said):
+    found = DPO().warnings(HEALTHY | changes)
+    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True))
+    assert len(DPO().warnings(HEALTHY | changes | {"step": 20})) == len(said)
+    assert DPO().warnings(HEALTHY | changes | {"step": 19}) == []
+
+
+def test_warnings_need_nothing_but_what_a_record_of_training_has(make_model):
+    batch = pair_rows().collate([0, 1])
+    _, sums = DPO()(ask(make_model(), batch), batch)
+    record = DPO().metrics({name: float(value) for name, value in sums.items()}, 4.0) | {"step": 20, "lr": 1e-5}
+    DPO().warnings(record)
+    assert NextToken().warnings({"step": 20, "loss": 1.0}) == []
+
+
+def test_a_loss_that_is_not_known_is_refused():
+    with pytest.raises(KeyError, match="hinge"):
+        DPO(loss_type="hinge")
+    with pytest.raises(ValueError, match="--loss_type is 'hinge'; it must be one of sigmoid"):
+        load_config(DPOConfig, ["--loss_type", "hinge"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_made_of_a_form_and_an_objective_that_fit_its_config(stage):
+    made = STAGES[stage]
+    assert made.config.stage == made.form.stage == stage
+    objective = made.objective(load_config(made.config, []))
+    assert objective.names[0] == "loss" and objective.unit == ("pairs" if stage == "dpo" else "")
+
+
+def test_dpo_is_made_with_the_beta_of_its_config():
+    assert STAGES["dpo"].objective(load_config(DPOConfig, ["--beta", "0.5"])).beta == 0.5

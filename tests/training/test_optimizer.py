@@ -44,6 +44,23 @@ def test_muon_takes_the_hidden_matrices_alone(make_model, tied):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_none_of_ours_is_learnt_by_adamw_without_decay(make_model, optimizer):
+    model = make_model()
+    hidden, _, rest = expected_names(model)
+    model.scale = torch.nn.Parameter(torch.ones(3, 3))  # a matrix, which Muon would take if it went by shape
+    model.model.extra = torch.nn.LayerNorm(32)
+    rest |= {"scale", "model.extra.weight", "model.extra.bias"}
+    *muon, adamw = build_optimizers(model, PretrainConfig(optimizer=optimizer, weight_decay=0.3))
+    assert type(adamw) is torch.optim.AdamW
+    assert groups(model, adamw) == ([] if muon else [(0.3, hidden)]) + [(0.0, rest)]
+    before = model.scale.detach().clone()
+    model.scale.sum().backward()
+    for each in (*muon, adamw):
+        each.step()
+    assert (before - model.scale > 0).all()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_frozen_weight_is_left_alone(make_model, optimizer):
     model = make_model()
     model.model.embed_tokens.weight.requires_grad_(False)

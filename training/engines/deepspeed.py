@@ -1,19 +1,19 @@
 """Several processes under DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
 
-    stage 0   everything whole on every rank: DeepSpeed sums the gradients, the rest is as in the single engine
+    stage 0   everything whole on every rank: DeepSpeed sums the gradients, the rest is as in PyTorch's engines
     stage 1   optimizer state and float32 master weights in parts
     stage 2   gradients too: they are cut up as soon as they are there, in every micro-batch
     stage 3   parameters too: a module's are gathered when it is called; no process ever holds the model whole
 
 In stages 1 to 3 bfloat16 and float16 are DeepSpeed's own modes (16-bit parameters beside the masters), and AdamW works
-on flat pieces of the masters; what is by parameter name here (weights, moments) is read and written through these.
+on flat shards of the masters; what is by parameter name here (weights, moments) is read and written through these.
 """
 
 import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,52 +32,46 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from model import GPT
-from training.engines.deepspeed_config import deepspeed_settings, offload_device
-from training.engines.named_state import MOMENTS, TAG, NamedState, write_universal
-from training.engines.single import SingleEngine, Weights
+from model.folder import assemble
+from training.config import Config
+from training.engines.contract import Machine, Weights
+from training.engines.deepspeed_config import Settings, deepspeed_settings, offload_device
+from training.engines.named_state import MOMENTS, TAG, NamedState, named_state, write_universal
+from training.engines.pytorch import Accumulating, PyTorchEngine, own_weights
 from training.optimizer import build_optimizers
 
+DeepSpeed = Any  # what deepspeed.initialize returns; it has no types
 
-class DeepSpeedEngine(SingleEngine):
+
+def deepspeed_engine(
+    model: GPT, config: Config, machine: Machine, weights: Weights | None = None
+) -> "ReplicatedEngine | ZeroEngine":
+    """The engine of the stage that flags and file ask for. Raises ValueError where they contradict each other."""
+    settings = deepspeed_settings(config, machine.dtype, machine.world.data_size)
+    engine = ReplicatedEngine if settings["zero_optimization"]["stage"] == 0 else ZeroEngine
+    return engine(model, config, machine, weights, settings)
+
+
+def initialize(model: GPT, optimizer: torch.optim.Optimizer, settings: Settings) -> DeepSpeed:
+    with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print memory tables
+        network, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return network
+
+
+class ReplicatedEngine(PyTorchEngine):
+    """Stage 0. 16 bits without partitions are what autocast does, and better: the weights stay in float32."""
+
     name = "deepspeed"
+    stage = 0
+    averages = True
+    network: DeepSpeed
 
-    def place(self, model: GPT, weights: Weights) -> GPT:
-        self.gradient_scale = float(self.world.size)  # DeepSpeed averages over ranks
-        self.settings = deepspeed_settings(self.config, self.dtype, self.world.size)
-        self.stage = self.settings["zero_optimization"]["stage"]
-        self.start_weights = weights
-        if self.stage == 0:
-            # 16-bit without partitions is what autocast does, and better: the weights stay in float32
-            self.settings |= {"bf16": {"enabled": False}, "fp16": {"enabled": False}, "gradient_clipping": 0.0}
-            return super().place(model, weights)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)  # DeepSpeed has one of its own
-        if self.dtype == torch.bfloat16 and self.settings["gradient_accumulation_steps"] > 1:
-            self.settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-        if self.stage == 3:
-            os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where no launcher has set it
-            deepspeed.init_distributed(dist_init_required=False, verbose=False)  # else Init takes itself to be alone
-            with deepspeed.zero.Init(config_dict_or_path=self.settings):
-                return GPT(model.config)
-        return model.to_empty(device=self.device)
+    def __init__(self, model: GPT, config: Config, machine: Machine, weights: Weights | None, settings: Settings):
+        self.settings = settings | {"bf16": {"enabled": False}, "fp16": {"enabled": False}, "gradient_clipping": 0.0}
+        super().__init__(model, config, machine, weights)
 
     def wrap(self) -> nn.Module:
-        self.optimizers = build_optimizers(self.model, self.config)
-        with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print memory tables
-            network, *_ = deepspeed.initialize(
-                model=self.model, optimizer=self.optimizers[0], config=self.settings, dist_init_required=False
-            )
-        network.checkpoint_engine = BackgroundWriter()
-        self.network: Any = network
-        if self.stage:
-            self.set_by_name(lambda: ((name, {"fp32": tensor}) for name, tensor in self.start_weights()), step=0.0)
-        return network
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.stage == 0 and self.dtype != torch.float32
-        )
-
-    # --- one update ---
+        return initialize(self.model, self.optimizers[0], self.settings)
 
     def communicate_if(self, last: bool) -> contextlib.AbstractContextManager:
         self.network.set_gradient_accumulation_boundary(last)
@@ -86,10 +80,51 @@ class DeepSpeedEngine(SingleEngine):
     def backward(self, loss: Tensor) -> None:
         self.network.backward(self.scaler.scale(loss), scale_wrt_gas=False)
 
+
+class ZeroEngine(Accumulating):
+    """Stages 1 to 3: what a rank holds is a flat part of things."""
+
+    name = "deepspeed"
+    averages = True
+    network: DeepSpeed
+
+    def __init__(self, model: GPT, config: Config, machine: Machine, weights: Weights | None, settings: Settings):
+        super().__init__(model, config, machine)
+        self.settings, self.stage = settings, settings["zero_optimization"]["stage"]
+        if self.dtype == torch.bfloat16 and settings["gradient_accumulation_steps"] > 1:
+            settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        start = weights or own_weights(model)
+        self.model = self.place(model)
+        self.set_up_blocks()
+        self.optimizers = build_optimizers(self.model, config)
+        (self.optimizer,) = self.optimizers
+        self.network = initialize(self.model, self.optimizer, settings)
+        self.network.checkpoint_engine = BackgroundWriter()
+        self.set_by_name(lambda: ((name, {"fp32": tensor}) for name, tensor in start()), step=0.0)
+
+    def place(self, model: GPT) -> GPT:
+        """The model's shapes; weights come once the masters are there to take them."""
+        if self.stage < 3:
+            return model.to_empty(device=self.device)
+        os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where no launcher has set it
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)  # else Init takes itself to be alone
+        with deepspeed.zero.Init(config_dict_or_path=self.settings):
+            return GPT(model.config)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=False)  # DeepSpeed has its own modes
+
+    # --- one update ---
+
+    def communicate_if(self, last: bool) -> contextlib.AbstractContextManager:
+        self.network.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.network.backward(loss, scale_wrt_gas=False)
+
     def step(self, learning_rate: float) -> float:
-        if self.stage == 0:
-            return super().step(learning_rate)
-        for group in self.optimizers[0].param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.network.step()
         if self.network.was_step_applied():
@@ -102,65 +137,70 @@ class DeepSpeedEngine(SingleEngine):
     # --- state by parameter name ---
 
     def weights(self) -> dict[str, Tensor]:
-        if self.stage == 0:
-            return super().weights()
+        """Full float32 weights on the CPU, by Hugging Face name; on rank 0 alone."""
         weights = {}
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                full = safe_get_full_fp32_param(parameter)  # from all ranks
-                if self.world.rank == 0:
-                    weights[name] = full.cpu()
+        for name, full in self.full_weights():
+            if self.world.rank == 0:
+                weights[name] = full.cpu()
         return weights
 
-    def whole_model(self) -> GPT | None:
-        return self.model if self.stage < 3 else self.gathered_model()
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Gathered from all ranks one at a time, for every rank."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                yield name, safe_get_full_fp32_param(parameter)
+
+    @contextlib.contextmanager
+    def generator(self) -> Iterator[GPT]:
+        whole = self.model if self.stage < 3 else assemble(self.model.config, self.full_weights(), self.device)
+        yield whole.eval()
 
     @torch.no_grad()
     def set_by_name(self, source: Callable[[], Iterable[tuple[str, dict[str, Tensor]]]], step: float) -> None:
-        """Put full tensors ("fp32" weights, and moments where given) into this rank's pieces, and set AdamW's count."""
+        """Put full tensors ("fp32" weights, and moments where given) into this rank's shards, and set AdamW's count."""
         self.make_optimizer_state()
         parameters = dict(self.model.named_parameters())
-        for name, parts in source():
+        for name, slots in source():
             parameter = parameters[name]
-            for part, tensor in parts.items():
-                self.set_part(parameter, part, tensor)
-        for piece, _ in self.pieces():
-            self.optimizers[0].state[piece]["step"].fill_(step)
+            for slot, tensor in slots.items():
+                self.set_slot(parameter, slot, tensor)
+        for shard, _ in self.shards():
+            self.optimizer.state[shard]["step"].fill_(step)
         self.refresh_parameters()
 
-    def set_part(self, parameter: Any, part: str, tensor: Tensor) -> None:
+    def set_slot(self, parameter: Any, slot: str, tensor: Tensor) -> None:
         if self.stage < 3:
-            if part == "fp32":
+            if slot == "fp32":
                 safe_set_full_fp32_param(parameter, tensor)
             else:
-                safe_set_full_optimizer_state(parameter, tensor, part)
+                safe_set_full_optimizer_state(parameter, tensor, slot)
             return
         # cut here: DeepSpeed's own cutting leaves out the padding of a parameter that its ranks do not divide
         size = parameter.ds_tensor.ds_numel
         rank = self.network.optimizer._get_param_partition_rank(parameter)
-        piece = tensor.flatten()[rank * size : (rank + 1) * size]
-        piece = nn.functional.pad(piece, (0, size - piece.numel()))
-        if part == "fp32":
-            safe_set_local_fp32_param(parameter, piece)
+        shard = tensor.flatten()[rank * size : (rank + 1) * size]
+        shard = nn.functional.pad(shard, (0, size - shard.numel()))
+        if slot == "fp32":
+            safe_set_local_fp32_param(parameter, shard)
         else:
-            safe_set_local_optimizer_state(parameter, piece, part)
+            safe_set_local_optimizer_state(parameter, shard, slot)
 
-    def pieces(self) -> list[tuple[Tensor, dict[str, Any]]]:
+    def shards(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """The flat float32 tensors that AdamW works on, each with its parameter group."""
-        zero, groups = self.network.optimizer, self.optimizers[0].param_groups
+        zero, groups = self.network.optimizer, self.optimizer.param_groups
         if self.stage == 3:
             flat = zero.fp32_partitioned_groups_flat
-            return [(piece, groups[zero.sub_group_to_group_id[i]]) for i, piece in enumerate(flat)]
+            return [(shard, groups[zero.sub_group_to_group_id[i]]) for i, shard in enumerate(flat)]
         flat = getattr(zero, "fp32_groups_flat_partition", None) or zero.single_partition_of_fp32_groups
         return list(zip(flat, groups, strict=True))
 
     def make_optimizer_state(self) -> None:
         """What AdamW makes in its first step, so that it can be set before that."""
-        for piece, group in self.pieces():
-            state = self.optimizers[0].state[piece]
+        for shard, group in self.shards():
+            state = self.optimizer.state[shard]
             if "exp_avg" not in state:
-                state["step"] = torch.zeros((), device=piece.device if group.get("fused") else "cpu")
-                state |= {moment: torch.zeros_like(piece) for moment in MOMENTS}
+                state["step"] = torch.zeros((), device=shard.device if group.get("fused") else "cpu")
+                state |= {moment: torch.zeros_like(shard) for moment in MOMENTS}
         if self.stage < 3:
             # linked to parameters once; where that came before the state of the second group, link again
             self.network.optimizer._hp_optimizer_states_linked = False
@@ -181,9 +221,7 @@ class DeepSpeedEngine(SingleEngine):
 
     # --- checkpoints ---
 
-    def save(self, folder: Path, background: bool) -> Future | None:
-        if self.stage == 0:
-            return super().save(folder, background)
+    def save(self, folder: Path, background: bool) -> Future[Any] | None:
         if "nvme" in self.form()["offload"]:
             self.save_by_name(folder)
             return None
@@ -203,14 +241,14 @@ class DeepSpeedEngine(SingleEngine):
     def save_by_name(self, folder: Path) -> None:
         """State that lives on a disk, parameter by parameter, the ranks taking turns to write: DeepSpeed's own files of
         it do not come back as they were."""
-        step = float(self.optimizers[0].state[self.pieces()[0][0]]["step"])
+        step = float(self.optimizer.state[self.shards()[0][0]]["step"])
         problem: OSError | None = None
         for i, (name, parameter) in enumerate(self.model.named_parameters()):
-            parts = {"fp32": safe_get_full_fp32_param(parameter)}
-            parts |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+            slots = {"fp32": safe_get_full_fp32_param(parameter)}
+            slots |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
             if i % self.world.size == self.world.rank and problem is None:
                 try:
-                    write_universal(folder, name, {part: tensor.cpu() for part, tensor in parts.items()}, step)
+                    write_universal(folder, name, {slot: tensor.cpu() for slot, tensor in slots.items()}, step)
                 except OSError as error:  # a full disk; told at the end, since the other ranks gather on
                     problem = error
         if problem is not None:
@@ -223,20 +261,15 @@ class DeepSpeedEngine(SingleEngine):
         return {"ranks": self.world.size, "stage": self.stage, "dtype": str(self.dtype), "offload": devices}
 
     def load(self, folder: Path) -> None:
-        if self.stage == 0:
-            super().load(folder)
-            return
         form = folder / "form.json"
         if form.is_file() and json.loads(form.read_text()) == self.form():
             with contextlib.redirect_stdout(io.StringIO()):
                 self.network.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
             return
-        self.adopt(folder)
+        with named_state(folder, self) as state:
+            self.take_over(state)
 
     def take_over(self, state: NamedState) -> None:
-        if self.stage == 0:
-            super().take_over(state)
-            return
         shapes = {name: parameter_shape(p) for name, p in self.model.named_parameters()}
         self.set_by_name(lambda: ((name, state.read(name, shape)) for name, shape in shapes.items()), state.step)
 
@@ -251,7 +284,7 @@ class BackgroundWriter(CheckpointEngine):
     def __init__(self) -> None:
         self.name = "background"
         self.pool = ThreadPoolExecutor(1, "deepspeed-checkpoint")
-        self.jobs: list[Future] = []
+        self.jobs: list[Future[None]] = []
 
     def create(self, info: Any) -> None:
         pass
@@ -268,7 +301,7 @@ class BackgroundWriter(CheckpointEngine):
     def commit(self, info: Any) -> bool:
         return True
 
-    def written(self) -> Future:
+    def written(self) -> Future[Any]:
         jobs, self.jobs = self.jobs, []
         return self.pool.submit(lambda: [job.result() for job in jobs])
 

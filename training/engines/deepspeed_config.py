@@ -9,18 +9,24 @@ out, say "auto", or say the same. Everything else in it (buckets, overlap, offlo
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dataset.loader import micro_batches
 from training.config import Config
 
+Settings = dict[str, Any]  # DeepSpeed's JSON, or a section of it
+Value = TypeVar("Value", bound=str | float)
+
 BUCKET = 50_000_000  # elements sent at a time; DeepSpeed's own 500 million would be larger than a small model
 
 
-def deepspeed_settings(config: Config, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """Raises FileNotFoundError for a file that is not there, and ValueError, naming flag and key, for a contradiction."""
+def deepspeed_settings(config: Config, dtype: torch.dtype, world_size: int) -> Settings:
+    """The config DeepSpeed gets.
+
+    Raises FileNotFoundError for a file that is not there, and ValueError, naming flag and key, for a contradiction.
+    """
     path = config.deepspeed_config
     given = read_json(path) if path else {}
     zero = dict(given.get("zero_optimization") or {})
@@ -30,15 +36,17 @@ def deepspeed_settings(config: Config, dtype: torch.dtype, world_size: int) -> d
     for section in ("optimizer", "scheduler"):
         if section in given:
             raise ValueError(
-                f"{path} has {section!r}, which our flags decide (--optimizer, --learning_rate, --lr_schedule, ...); remove it there"
+                f"{path} has {section!r}, which our flags decide (--optimizer, --learning_rate, --lr_schedule, ...); "
+                "remove it there"
             )
     if config.optimizer != "adamw":
         raise ValueError(
-            f"--optimizer {config.optimizer} needs whole matrices, which DeepSpeed's partitions are not; use --engine ddp or fsdp, or --optimizer adamw"
+            f"--optimizer {config.optimizer} needs whole matrices, which DeepSpeed's partitions are not; "
+            "use --engine ddp or fsdp, or --optimizer adamw"
         )
     rows = config.batch_size * world_size
     steps = micro_batches(config.global_batch_size, rows) if config.global_batch_size else config.accumulation_steps
-    ours: dict[str, tuple[str, Any]] = {
+    ours: dict[str, tuple[str, float]] = {
         "train_micro_batch_size_per_gpu": ("--batch_size", config.batch_size),
         "gradient_accumulation_steps": ("--accumulation_steps", steps),
         "train_batch_size": ("--batch_size x --accumulation_steps x processes", rows * steps),
@@ -46,7 +54,7 @@ def deepspeed_settings(config: Config, dtype: torch.dtype, world_size: int) -> d
         "bf16.enabled": ("--dtype", dtype == torch.bfloat16),
         "fp16.enabled": ("--dtype", dtype == torch.float16),
     }
-    merged: dict[str, Any] = {k: v for k, v in given.items() if not k.startswith("//")}
+    merged: Settings = {k: v for k, v in given.items() if not k.startswith("//")}
     for key, (flag, value) in ours.items():
         section, _, name = key.rpartition(".")
         holder = merged.setdefault(section, {}) if section else merged
@@ -61,7 +69,7 @@ def deepspeed_settings(config: Config, dtype: torch.dtype, world_size: int) -> d
     return merged
 
 
-def read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> Settings:
     if not Path(path).is_file():
         raise FileNotFoundError(f"--deepspeed_config {path}: no such file; configs/deepspeed has some to start from")
     try:
@@ -74,26 +82,36 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def agreed(
-    path: str | None, key: str, in_file: Any, flag: str, ours: Any, default: Any = None, shown: Any = None
-) -> Any:
-    """The value both sides agree on; a side may be silent (None, or "auto" in the file)."""
+    path: str | None,
+    key: str,
+    in_file: Value | None,
+    flag: str,
+    ours: Value | None,
+    default: Value | None = None,
+    shown: object = None,
+) -> Value | None:
+    """The value both sides agree on; a side may be silent (None, or "auto" in the file), `default` where both are.
+
+    Raises ValueError where they differ, naming `flag` with its value (or `shown` in its place) and `key`.
+    """
     if in_file in (None, "auto"):
         return default if ours is None else ours
     if ours is None:
         return in_file
     if in_file != ours:
         raise ValueError(
-            f'{flag} is {ours if shown is None else shown}, but {path} says {key} {json.dumps(in_file)}; change one of them, or write "auto" there'
+            f"{flag} is {ours if shown is None else shown}, but {path} says {key} {json.dumps(in_file)}; "
+            'change one of them, or write "auto" there'
         )
     return ours
 
 
-def offload_device(zero: dict[str, Any], section: str) -> str:
+def offload_device(zero: Settings, section: str) -> str:
     """Where offload_optimizer or offload_param of a ZeRO section puts its state: none, cpu or nvme."""
     return (zero.get(section) or {}).get("device", "none")
 
 
-def offloaded(zero: dict[str, Any], config: Config) -> dict[str, Any]:
+def offloaded(zero: Settings, config: Config) -> Settings:
     """The ZeRO section with --offload in it."""
     sections = ["offload_optimizer"] + (["offload_param"] if zero["stage"] == 3 else [])
     devices = (offload_device(zero, name) for name in sections)
@@ -102,11 +120,10 @@ def offloaded(zero: dict[str, Any], config: Config) -> dict[str, Any]:
         config.deepspeed_config, "zero_optimization.offload_optimizer.device", in_file, "--offload", config.offload
     )
     if device not in (None, "none"):
-        needed = 3 if device == "nvme" else 1
-        if zero["stage"] < needed:
-            raise ValueError(
-                f"--offload {device} needs --zero_stage {'3' if needed == 3 else '1, 2 or 3'}, and the stage is {zero['stage']}"
-            )
+        able = (3,) if device == "nvme" else (1, 2, 3)
+        if zero["stage"] not in able:
+            stages = "3" if device == "nvme" else "1, 2 or 3"
+            raise ValueError(f"--offload {device} needs --zero_stage {stages}, and the stage is {zero['stage']}")
         for name in sections:
             if in_file is None or name in zero:  # a file may offload the optimizer alone
                 zero[name] = {"device": device} | (zero.get(name) or {})

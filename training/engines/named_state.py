@@ -1,8 +1,8 @@
 """A run's state by parameter name, from a checkpoint of any engine and any number of ranks, one parameter at a time.
 
-    state = named_state(Path(".../step_000200/state"))
-    state.step                                     200.0, optimizer updates so far
-    state.read("model.norm.weight", (512,))        {"fp32": (512,), "exp_avg": (512,), "exp_avg_sq": (512,)}
+    with named_state(Path(".../step_000200/state"), engine) as state:
+        state.step                                     200.0, optimizer updates so far
+        state.read("model.norm.weight", (512,))        {"fp32": (512,), "exp_avg": (512,), "exp_avg_sq": (512,)}
 
 It is how an engine takes over from another kind of engine: PyTorch's engines write torch.distributed.checkpoint files,
 DeepSpeed writes its own, which its universal checkpoint tool turns into a folder a parameter.
@@ -13,11 +13,14 @@ import io
 import os
 import shutil
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+
+from training.engines.contract import Peers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TAG = "deepspeed"  # the folder DeepSpeed writes inside a checkpoint's state
@@ -45,7 +48,7 @@ class NamedState:
         if missing := [key for key in keys.values() if key not in self.keys]:
             raise ValueError(f"{self.folder}: {missing[0]} is not there; only AdamW's state can change its engine")
         loaded = self.load({key: torch.empty(shape) for key in keys.values()})
-        return {part: loaded[key] for part, key in keys.items()}
+        return {slot: loaded[key] for slot, key in keys.items()}
 
 
 class UniversalState(NamedState):
@@ -62,19 +65,43 @@ class UniversalState(NamedState):
 
     def read(self, name: str, shape: torch.Size) -> dict[str, Tensor]:
         found = {}
-        for part in ("fp32", *MOMENTS):
-            content = torch.load(self.folder / name / f"{part}.pt", weights_only=False, map_location="cpu")
+        for slot in ("fp32", *MOMENTS):
+            content = torch.load(self.folder / name / f"{slot}.pt", weights_only=False, map_location="cpu")
             tensor = content["param"] if isinstance(content, dict) else content
-            found[part] = tensor.flatten()[: shape.numel()].view(shape).float()
+            found[slot] = tensor.flatten()[: shape.numel()].view(shape).float()
         return found
 
 
-def write_universal(folder: Path, name: str, parts: dict[str, Tensor], step: float) -> None:
+@contextlib.contextmanager
+def named_state(folder: Path, peers: Peers) -> Iterator[NamedState]:
+    """The state in a checkpoint, whichever engine wrote it. All ranks enter; DeepSpeed's is turned into its universal
+    form, which is removed at the end. Raises ValueError on every rank where that fails."""
+    if not is_deepspeed(folder):
+        yield NamedState(folder)
+        return
+    if is_universal(folder):
+        yield UniversalState(folder)
+        return
+    problem = None
+    if peers.world.rank == 0:
+        try:
+            make_universal(folder)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+    if problem := peers.gather(problem)[0]:
+        raise ValueError(f"{folder} could not be turned into DeepSpeed's universal form ({problem})")
+    yield UniversalState(scratch_folder(folder) / TAG)
+    peers.barrier()
+    if peers.world.rank == 0:
+        shutil.rmtree(scratch_folder(folder))
+
+
+def write_universal(folder: Path, name: str, slots: dict[str, Tensor], step: float) -> None:
     """One parameter's full tensors, in the same form."""
     place = folder / "zero" / name
     place.mkdir(parents=True)
-    for part, tensor in parts.items():
-        torch.save({"param": tensor}, place / f"{part}.pt")
+    for slot, tensor in slots.items():
+        torch.save({"param": tensor}, place / f"{slot}.pt")
     torch.save(torch.tensor(step), place / "step.pt")
 
 
@@ -92,12 +119,16 @@ def scratch_folder(folder: Path) -> Path:
 
 
 def make_universal(folder: Path) -> None:
-    """Turn a DeepSpeed checkpoint into folders by parameter name. For one process. Raises ValueError without DeepSpeed."""
+    """Turn a DeepSpeed checkpoint into folders by parameter name; for one process.
+
+    Raises ValueError where DeepSpeed is not installed.
+    """
     try:
         from deepspeed.checkpoint.ds_to_universal import main
     except ImportError:
         raise ValueError(
-            f"{folder} was written by DeepSpeed, which is needed to read it: pip install 'seedling[deepspeed]', or start over with --resume none"
+            f"{folder} was written by DeepSpeed, which is needed to read it: pip install 'seedling[deepspeed]', "
+            "or start over with --resume none"
         ) from None
     scratch = scratch_folder(folder)
     shutil.rmtree(scratch, ignore_errors=True)

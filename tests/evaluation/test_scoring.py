@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dataset import DEFAULT_TOKENIZER, DataError, load_tokenizer, render_chat
+from dataset.records import form_of
 from dataset.tokenizer import Tokenizer
+from evaluation.scoring import score_file, windows
 from model import GPT, GPTConfig, load_pretrained, save_pretrained
 from tests.conftest import spread_weights
 from tests.memorised import CONVERSATIONS, assistant, make_memorised, user
-from training.scoring import form_of, score_file, windows
 
 CONTEXT = 32
 
@@ -208,7 +209,7 @@ def test_the_form_is_that_of_the_first_readable_row(tmp_path):
     for row, form in (({"text": ""}, "pretrain"), ({"messages": []}, "full_sft"), (PAIRS[0], "dpo")):
         path = tmp_path / "rows.jsonl"
         path.write_text('\n{"broken\n[1]\n"text"\n' + json.dumps(row) + "\n")
-        assert form_of(path) == form
+        assert form_of(path).stage == form
 
 
 def test_a_file_without_such_a_row_is_named(tmp_path):

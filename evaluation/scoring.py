@@ -1,13 +1,12 @@
 """How good a model is on a file: rows in, one dict of numbers out. The rows' own form decides what is measured.
 
-    {"text": ...}           -> {"form": "pretrain", "rows": 50, "loss": 3.21, "perplexity": 24.8, "bits_per_byte": 1.35, ...}
+    {"text": ...}           -> {"form": "pretrain", "rows": 50, "loss": 3.21, "bits_per_byte": 1.35, ...}
     {"conversations": ...}  -> {"form": "full_sft", "rows": 50, "loss": 2.10, "exact_match": 0.12, ...}
     {"chosen", "rejected"}  -> {"form": "dpo", "rows": 50, "accuracy": 0.61, "margin": 4.7, ...}
 
 Rows are encoded by the code that encodes them for training, so the same ones are dropped and cut; both are counted.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from itertools import islice
@@ -20,27 +19,28 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from dataset import DataError, render_chat
+from dataset import DataError, TextTokenizer, render_chat
 from dataset.batch import IGNORE
-from dataset.encode import Encoder, Report, Rules, batched_rows
-from dataset.loader import supervise
-from dataset.records import EXPECTED, Row, Stage, expand_paths, read_lines
+from dataset.encode import Encoder, Rules
+from dataset.forms import CONVERSATION, TEXT
+from dataset.loader import Report, supervise
+from dataset.records import Row, form_of
 from model import GPT, generate
 
-Result = dict[str, Any]
-Encoded = list[tuple[Row, dict[str, Any]]]  # rows with their columns of dataset/encode.py
+Result = dict[str, Any]  # `score_file` says what stands in it: names and counts besides the numbers
+Encoded = list[tuple[Row, Any]]  # rows with their columns, which their form says (dataset/forms.py)
 
 
-class Piece(NamedTuple):
-    """What the model reads in one row of a batch: labels[i] is the token after input_ids[i], IGNORE where none counts."""
+class Labelled(NamedTuple):
+    """What the model reads in one row of a batch. Both are int64 (tokens,)."""
 
     input_ids: Tensor
-    labels: Tensor
+    labels: Tensor  # labels[i] is the token after input_ids[i], IGNORE where none counts
 
 
 def score_file(
     model: GPT,
-    tokenizer: Any,
+    tokenizer: TextTokenizer,
     path: str | Path,
     *,
     batch_size: int = 16,
@@ -55,125 +55,112 @@ def score_file(
     pretrain: loss (nats a token) and perplexity over `<s> text </s>`, bits_per_byte = nats / ln 2 / UTF-8 bytes of the
         texts. A document longer than the context is scored in windows of max_seq_len, each starting without context;
         every token but `<s>` is predicted once. windowed_rows counts such documents.
-    full_sft: loss and perplexity over the supervised tokens, which `tokens` counts. exact_match: share of generated_rows whose greedy answer
-        is the final assistant turn (reasoning and tool calls included; outer white space is not compared). Rows whose
-        final turn is longer than max_new_tokens, or does not fit the context, cannot match: they are not generated,
-        and counted as too_long_to_generate. stopped: share of the answers that ended by themselves.
+    full_sft: loss and perplexity over the supervised tokens, which `tokens` counts. exact_match: share of
+        generated_rows whose greedy answer is the final assistant turn (reasoning and tool calls included; outer white
+        space is not compared). Rows whose final turn is longer than max_new_tokens, or does not fit the context,
+        cannot match: they are not generated, and counted as too_long_to_generate. stopped: share of the answers that
+        ended by themselves.
     dpo: accuracy, the share of pairs whose chosen answer has the larger summed log-probability, and the mean margin
         between the two in nats. With `reference` also reward_accuracy and reward_margin, of DPO's implicit reward
         log p(answer) - log ref(answer) (Rafailov et al. 2023, arXiv:2305.18290, without beta).
 
     Raises DataError for a bad row, and ValueError where no row is left.
     """
-    path = str(path)
-    encoder = Encoder([path], tokenizer, Rules(form_of(path), model.config.max_seq_len), Report())
+    path, form = str(path), form_of(path)
+    encoder = Encoder([path], tokenizer, Rules(form, model.config.max_seq_len), Report())
     rows = islice(encoder.rows(), max_rows or None)
-    encoded = [pair for chunk in batched_rows(rows) for pair in encoder.encode(chunk)]
+    encoded = [(row, tokens.columns) for row, tokens in encoder.encode(rows)]
     dropped, cut = dict(encoder.report.dropped), dict(encoder.report.cut)
     if not encoded:
         raise ValueError(f"{path}: no row is left to score; dropped: {dropped or 'none'}")
-    result = {"file": path, "form": encoder.rules.stage, "rows": len(encoded), "dropped": dropped, "cut": cut}
-    if encoder.rules.stage == "pretrain":
+    result = {"file": path, "form": form.stage, "rows": len(encoded), "dropped": dropped, "cut": cut}
+    if form is TEXT:
         return result | score_text(model, encoded, batch_size)
-    if encoder.rules.stage == "full_sft":
+    if form is CONVERSATION:
         result |= score_answers(model, encoded, batch_size)
         return result | exact_matches(model, tokenizer, [row for row, _ in encoded], batch_size, max_new_tokens)
     return result | score_pairs(model, encoded, batch_size, reference)
 
 
-FORMS: dict[str, Stage] = {"text": "pretrain", "conversations": "full_sft", "messages": "full_sft", "chosen": "dpo"}
-
-
-def form_of(path: str | Path) -> Stage:
-    """The stage that the file's first readable row is for, by its keys. Raises FileNotFoundError, or DataError for none."""
-    (path,) = expand_paths(path)
-    for _, raw in read_lines(path):
-        try:
-            row = json.loads(raw)
-        except (ValueError, RecursionError):
-            continue
-        for key, stage in FORMS.items():
-            if isinstance(row, dict) and key in row:
-                return stage
-    raise DataError(f"{path}:1: found no row of a known form, expected {' or '.join(EXPECTED.values())}")
-
-
 # Losses ---------------------------------------------------------------------------------------------------------
 
 
-def piece(ids: Sequence[int], spans: Sequence[int]) -> Piece:
+def labelled(ids: Sequence[int], spans: Sequence[int]) -> Labelled:
     """Encoded tokens and the spans (start, end, start, end ...) of those to predict.
 
-    piece([1, 40, 41, 2], [2, 4]) -> Piece([1, 40, 41], [-100, 41, 2])
+    labelled([1, 40, 41, 2], [2, 4]) -> Labelled([1, 40, 41], [-100, 41, 2])
     """
     tokens = torch.as_tensor(ids, dtype=torch.long)
-    return Piece(tokens[:-1], supervise(tokens, np.asarray(spans)))
+    return Labelled(tokens[:-1], supervise(tokens, np.asarray(spans)))
 
 
-def windows(ids: Sequence[int], size: int) -> list[Piece]:
-    """A document as pieces of at most `size` tokens; every token but the first is predicted in exactly one of them."""
-    whole = piece(ids, [1, len(ids)])
-    return [Piece(*pair) for pair in zip(whole.input_ids.split(size), whole.labels.split(size), strict=True)]
+def windows(ids: Sequence[int], size: int) -> list[Labelled]:
+    """A document in windows of at most `size` tokens; every token but the first is predicted in exactly one of them."""
+    whole = labelled(ids, [1, len(ids)])
+    return [Labelled(*pair) for pair in zip(whole.input_ids.split(size), whole.labels.split(size), strict=True)]
 
 
 @torch.inference_mode()
-def summed_nll(model: GPT, pieces: Sequence[Piece], batch_size: int) -> Tensor:
-    """-log p of all labels of each piece, nats: float64 (pieces,). Long ones go first, so that memory runs out early."""
+def summed_nll(model: GPT, sequences: Sequence[Labelled], batch_size: int) -> Tensor:
+    """-log p of all labels of each sequence, nats: float64 (sequences,).
+
+    Long ones go first: where memory does not suffice, it runs out at once and not at the end.
+    """
     device = next(model.parameters()).device
-    sums = torch.zeros(len(pieces), dtype=torch.float64)
-    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].labels))
+    sums = torch.zeros(len(sequences), dtype=torch.float64)
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].labels))
     for start in tqdm(range(0, len(order), batch_size), desc="scoring", leave=False, disable=None):
         numbers = order[start : start + batch_size]
         # padding stands at the right, where no token can see it
         input_ids, labels = (
-            pad_sequence([pieces[i][field] for i in numbers], batch_first=True, padding_value=padding).to(device)
+            pad_sequence([sequences[i][field] for i in numbers], batch_first=True, padding_value=padding).to(device)
             for field, padding in ((0, 0), (1, IGNORE))
         )
         sums[numbers] = model(input_ids, labels=labels).double().sum(-1).cpu()
     return sums
 
 
-def score_text(model: GPT, encoded: Encoded, batch_size: int) -> Result:
+def score_text(model: GPT, encoded: Encoded, batch_size: int) -> dict[str, float]:
     """Loss of documents, in windows of the context."""
-    pieces = [windows(columns["ids"], model.config.max_seq_len) for _, columns in encoded]
-    flat = [window for document in pieces for window in document]
+    sequences = [windows(columns["ids"], model.config.max_seq_len) for _, columns in encoded]
+    flat = [window for document in sequences for window in document]
     nats, tokens = float(summed_nll(model, flat, batch_size).sum()), sum(len(window.labels) for window in flat)
     size = sum(len(row.value["text"].encode()) for row, _ in encoded)
     return mean_loss(nats, tokens) | {
         "bits_per_byte": nats / math.log(2) / size,
         "bytes": size,
-        "windowed_rows": sum(len(document) > 1 for document in pieces),
+        "windowed_rows": sum(len(document) > 1 for document in sequences),
     }
 
 
-def mean_loss(nats: float, tokens: int) -> Result:
+def mean_loss(nats: float, tokens: int) -> dict[str, float]:
     loss = nats / tokens
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}  # exp(710) is no float any more
 
 
-def score_answers(model: GPT, encoded: Encoded, batch_size: int) -> Result:
+def score_answers(model: GPT, encoded: Encoded, batch_size: int) -> dict[str, float]:
     """Loss of the supervised tokens."""
-    pieces = [piece(columns["ids"], columns["spans"]) for _, columns in encoded]
-    nats = float(summed_nll(model, pieces, batch_size).sum())
-    return mean_loss(nats, sum(int((p.labels != IGNORE).sum()) for p in pieces))
+    sequences = [labelled(columns["ids"], columns["spans"]) for _, columns in encoded]
+    nats = float(summed_nll(model, sequences, batch_size).sum())
+    return mean_loss(nats, sum(int((p.labels != IGNORE).sum()) for p in sequences))
 
 
-def score_pairs(model: GPT, encoded: Encoded, batch_size: int, reference: GPT | None) -> Result:
+def score_pairs(model: GPT, encoded: Encoded, batch_size: int, reference: GPT | None) -> dict[str, float]:
     """Which answer of each pair the model thinks more likely."""
-    pieces = [
-        piece(columns[side], [columns["prompt"], len(columns[side])])
+    sequences = [
+        labelled(columns[side], [columns["prompt"], len(columns[side])])
         for _, columns in encoded
         for side in ("chosen", "rejected")
     ]
-    logps = -summed_nll(model, pieces, batch_size).view(-1, 2)
+    logps = -summed_nll(model, sequences, batch_size).view(-1, 2)
     result = preference(logps, "")
     if reference is not None:
-        result |= preference(logps + summed_nll(reference, pieces, batch_size).view(-1, 2), "reward_")
+        result |= preference(logps + summed_nll(reference, sequences, batch_size).view(-1, 2), "reward_")
     return result
 
 
-def preference(values: Tensor, name: str) -> Result:
-    """(pairs, 2) values of chosen and rejected -> share of pairs with the larger value on the left, and mean distance."""
+def preference(values: Tensor, name: str) -> dict[str, float]:
+    """Values of chosen and rejected, (pairs, 2) -> share of pairs whose chosen is larger, and mean distance."""
     margin = values[:, 0] - values[:, 1]
     return {f"{name}accuracy": float((margin > 0).double().mean()), f"{name}margin": float(margin.mean())}
 
@@ -181,7 +168,9 @@ def preference(values: Tensor, name: str) -> Result:
 # Answers --------------------------------------------------------------------------------------------------------
 
 
-def exact_matches(model: GPT, tokenizer: Any, rows: Sequence[Row], batch_size: int, max_new_tokens: int) -> Result:
+def exact_matches(
+    model: GPT, tokenizer: TextTokenizer, rows: Sequence[Row], batch_size: int, max_new_tokens: int
+) -> dict[str, float | None]:
     """Greedy answers against the final assistant turns."""
     tasks = []
     for row in rows:
@@ -193,8 +182,10 @@ def exact_matches(model: GPT, tokenizer: Any, rows: Sequence[Row], batch_size: i
     matched = stopped = 0
     for start in tqdm(range(0, len(tasks), batch_size), desc="answering", leave=False, disable=None):
         prompts, answers = zip(*tasks[start : start + batch_size], strict=True)
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0, "stop_ids": tokenizer.stop_ids}
-        for generation, answer in zip(generate(model, prompts, **settings), answers, strict=True):
+        generations = generate(
+            model, prompts, max_new_tokens=max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids
+        )
+        for generation, answer in zip(generations, answers, strict=True):
             ended = generation.finish_reason == "stop"
             stopped += ended
             matched += ended and text_of(tokenizer, generation.ids) == text_of(tokenizer, answer)
@@ -202,7 +193,7 @@ def exact_matches(model: GPT, tokenizer: Any, rows: Sequence[Row], batch_size: i
     return share | {"generated_rows": len(tasks), "too_long_to_generate": len(rows) - len(tasks)}
 
 
-def final_turn(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
+def final_turn(tokenizer: TextTokenizer, row: Row) -> tuple[list[int], list[int]]:
     """Ids of the conversation up to the last assistant turn, header included; ids of that turn, its end included."""
     messages = row.value["conversations"]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
@@ -214,6 +205,6 @@ def final_turn(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
     return prompt, rendered.ids[len(prompt) : end]
 
 
-def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+def text_of(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
     """A turn's text without its end token; reasoning and tool calls stand in it with their control tokens' names."""
     return tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids], skip_control=False).strip()

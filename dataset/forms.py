@@ -1,0 +1,296 @@
+"""The forms a row may have, each with all that depends on it: what is expected, how it is checked, split and encoded.
+
+    {"text": "Hi"}                         TEXT          ids [1, 912, 2]                         <s> text </s>
+    {"conversations": [user, assistant]}   CONVERSATION  ids [...], spans [7, 12]                7..12 are the answer's
+    {"chosen": [...], "rejected": [...]}   PAIR          chosen [...], rejected [...], prompt 7  7 tokens are shared
+
+A form knows JSON values and token ids; where a row stands (`path:line`) is known by who reads it (dataset/records.py),
+so what is wrong with a row is a ValueError here. A new form is a class here and a name in FORMS.
+"""
+
+import json
+from typing import Any, ClassVar, NamedTuple
+
+import datasets
+import numpy as np
+
+from dataset.chat import ROLES, render_chat
+from dataset.loader import PairRows, Report, TextRows
+from dataset.tokenizer import TextTokenizer
+
+Value = dict[str, Any]  # a row's JSON object
+
+
+class Rendered(NamedTuple):
+    """One sequence of a row, not cut: the whole row, or one side of a preference pair."""
+
+    name: str  # "", "chosen" or "rejected"
+    ids: list[int]
+    supervised: list[bool]
+
+
+class Tokens(NamedTuple):
+    """A row as its Arrow columns hold it."""
+
+    columns: dict[str, list[int] | int]
+    total: int
+    supervised: int  # of them; the first token of a document is read but never predicted
+
+
+class Form:
+    """What everybody may ask about the rows of one shape."""
+
+    name: ClassVar[str]
+    stage: ClassVar[str]  # the first stage that reads it; names its cache, and is what scores call it
+    keys: ClassVar[frozenset[str]]  # that a row must have
+    expected: ClassVar[str]  # how a row looks
+    too_long: ClassVar[str] = "cut, or dropped where no answer is left"  # what becomes of a row over max_seq_len
+    token_columns: ClassVar[tuple[str, ...]]  # Arrow columns that are lists of tokens
+    other_columns: ClassVar[dict[str, object]] = {}  # name -> type, as `datasets` has it
+    rows: ClassVar[type[TextRows] | type[PairRows]]  # what packs the columns
+
+    def check(self, row: Value) -> None:
+        """Raise ValueError, saying what was found and what was expected, for a row that is not of this form."""
+        raise NotImplementedError
+
+    def split_key(self, row: Value) -> str:
+        """What decides, by its hash, whether a row is held out; rows with one key stay on one side."""
+        raise NotImplementedError
+
+    def render(self, row: Value, tokenizer: TextTokenizer) -> list[Rendered]:
+        """The row's sequences. Raises ValueError for messages that the chat template cannot say."""
+        raise NotImplementedError
+
+    def encode(self, row: Value, tokenizer: TextTokenizer, max_seq_len: int, report: Report) -> Tokens | None:
+        """The row in tokens, cut to what a packed row holds. None for one that is dropped; drops and cuts are
+        counted."""
+        raise NotImplementedError
+
+
+class TextForm(Form):
+    name, stage = "text", "pretrain"
+    keys = frozenset({"text"})
+    expected = '{"text": "..."}'
+    too_long = "split, nothing is lost"
+    token_columns = ("ids",)
+    rows = TextRows
+
+    def check(self, row: Value) -> None:
+        check_keys(row, self)
+        check_text(row["text"], "text")
+
+    def split_key(self, row: Value) -> str:
+        return row["text"]
+
+    def render(self, row: Value, tokenizer: TextTokenizer) -> list[Rendered]:
+        ids = encode_document(tokenizer, tokenizer.encode(row["text"]))
+        return [Rendered("", ids, [False] + [True] * (len(ids) - 1))]
+
+    def encode(self, row: Value, tokenizer: TextTokenizer, max_seq_len: int, report: Report) -> Tokens | None:
+        ids = tokenizer.encode(row["text"])
+        if not ids:
+            report.dropped["empty text"] += 1
+            return None
+        ids = encode_document(tokenizer, ids)
+        return Tokens({"ids": ids}, len(ids), len(ids) - 1)
+
+
+class ConversationForm(Form):
+    name, stage = "conversation", "full_sft"
+    keys = frozenset({"conversations"})
+    expected = '{"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+    token_columns = ("ids",)
+    other_columns: ClassVar[dict[str, object]] = {"spans": datasets.List(datasets.Value("int32"))}
+    rows = TextRows
+
+    def check(self, row: Value) -> None:
+        check_keys(row, self)
+        check_messages(row["conversations"], "conversations")
+
+    def split_key(self, row: Value) -> str:
+        """What is said before the first answer."""
+        messages = row["conversations"]
+        first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        return json.dumps(messages[:first], ensure_ascii=False)
+
+    def render(self, row: Value, tokenizer: TextTokenizer) -> list[Rendered]:
+        return [Rendered("", *render_chat(tokenizer, row["conversations"]))]
+
+    def encode(self, row: Value, tokenizer: TextTokenizer, max_seq_len: int, report: Report) -> Tokens | None:
+        """What is longer than a row is cut at the end of the last answer that fits, else inside the first."""
+        rendered = render_chat(tokenizer, row["conversations"])
+        ids, spans = rendered.ids, spans_of(rendered.mask)
+        limit = max_seq_len + 1  # n + 1 tokens make n pairs of input and label
+        if len(ids) > limit:
+            ends = [end for _, end in spans if end <= limit]
+            whole = max(ends, default=limit)
+            ids, spans = ids[:whole], [(start, min(end, whole)) for start, end in spans if start < whole]
+            if spans:
+                report.cut["at the end of an answer" if ends else "inside an answer"] += 1
+                report.cut["tokens left out"] += len(rendered.ids) - whole
+        # the very first token is never a label
+        if not any(end > max(start, 1) for start, end in spans):
+            reason = "no answer in the row" if not any(rendered.mask) else "prompt longer than max_seq_len"
+            report.dropped[reason] += 1
+            return None
+        ids = ids[: spans[-1][1]]  # nothing after the last answer is learnt from
+        supervised = sum(end - max(start, 1) for start, end in spans)
+        return Tokens({"ids": ids, "spans": [edge for span in spans for edge in span]}, len(ids), supervised)
+
+
+class PairForm(Form):
+    name, stage = "pair", "dpo"
+    keys = frozenset({"chosen", "rejected"})
+    expected = '{"chosen": [messages...], "rejected": [messages...]}'
+    token_columns = ("chosen", "rejected")
+    other_columns: ClassVar[dict[str, object]] = {"prompt": datasets.Value("int32")}
+    rows = PairRows
+
+    def check(self, row: Value) -> None:
+        check_keys(row, self)
+        for side in ("chosen", "rejected"):
+            check_messages(row[side], side)
+            if (last := row[side][-1]["role"]) != "assistant":
+                raise ValueError(f"found a last message of role {last!r} in {side}, expected 'assistant'")
+        chosen, rejected = row["chosen"][:-1], row["rejected"][:-1]
+        if chosen != rejected:
+            differ = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+            turn = next(differ, min(len(chosen), len(rejected)))
+            raise ValueError(
+                f"found different prompts in chosen and rejected (first difference in message {turn}), "
+                "expected one shared prompt and different last turns"
+            )
+        if not chosen:
+            raise ValueError("found no message before the answers, expected a prompt")
+
+    def split_key(self, row: Value) -> str:
+        return json.dumps(row["chosen"][:-1], ensure_ascii=False)
+
+    def render(self, row: Value, tokenizer: TextTokenizer) -> list[Rendered]:
+        prompt = len(self.prompt(row, tokenizer))
+        sides = {side: render_chat(tokenizer, row[side]).ids for side in ("chosen", "rejected")}
+        return [Rendered(side, ids, [i >= prompt for i in range(len(ids))]) for side, ids in sides.items()]
+
+    def prompt(self, row: Value, tokenizer: TextTokenizer) -> list[int]:
+        return render_chat(tokenizer, row["chosen"][:-1], add_generation_prompt=True).ids
+
+    def encode(self, row: Value, tokenizer: TextTokenizer, max_seq_len: int, report: Report) -> Tokens | None:
+        """Both answers after one rendering of the prompt; answers are cut at max_seq_len, prompts never."""
+        prompt, limit = self.prompt(row, tokenizer), max_seq_len + 1
+        sides = {side: render_chat(tokenizer, row[side]).ids for side in ("chosen", "rejected")}
+        for side, ids in sides.items():
+            if ids[: len(prompt)] != prompt:
+                raise ValueError(
+                    f"the {side} answer changes how its prompt is rendered by this tokenizer's chat template"
+                )
+        if len(prompt) >= limit:
+            report.dropped["prompt longer than max_seq_len"] += 1
+            return None
+        if sides["chosen"][:limit] == sides["rejected"][:limit]:
+            within = " within max_seq_len" if sides["chosen"] != sides["rejected"] else ""
+            report.dropped[f"same answer on both sides{within}"] += 1
+            return None
+        if too_long := [ids for ids in sides.values() if len(ids) > limit]:
+            report.cut["inside an answer"] += 1
+            report.cut["tokens left out"] += sum(len(ids) - limit for ids in too_long)
+        chosen, rejected = (sides[side][:limit] for side in ("chosen", "rejected"))
+        count = len(chosen) + len(rejected)
+        columns: dict[str, list[int] | int] = {"chosen": chosen, "rejected": rejected, "prompt": len(prompt)}
+        return Tokens(columns, count, count - 2 * len(prompt))
+
+
+TEXT, CONVERSATION, PAIR = TextForm(), ConversationForm(), PairForm()
+FORMS: tuple[Form, ...] = (TEXT, CONVERSATION, PAIR)
+
+
+def start_document(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:
+    """`<s>` text; a tokenizer without a beginning-of-sequence token starts with the text."""
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *ids]
+
+
+def encode_document(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:
+    """`<s>` text `</s>`."""
+    return [*start_document(tokenizer, ids), tokenizer.eos_id]
+
+
+def spans_of(mask: list[bool]) -> list[tuple[int, int]]:
+    """[F, T, T, F, T] -> [(1, 3), (4, 5)]."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], np.asarray(mask, dtype=np.int8), [0]))))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+# Checks: all raise ValueError ----------------------------------------------------------------------------------------
+
+
+def check_keys(row: Value, form: Form) -> None:
+    if form.keys <= row.keys():
+        return
+    found = f"found the keys {', '.join(map(repr, row)) or '(none)'}"
+    for other in FORMS:
+        if other.keys <= row.keys():
+            raise ValueError(
+                f"{found}: a row for train_{other.stage}.py, expected {form.expected} for train_{form.stage}.py"
+            )
+    raise ValueError(f"{found}, expected {form.expected}")
+
+
+def check_text(text: object, name: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"found {kind(text)} as {name}, expected a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"found half a surrogate pair ({text[error.start]!r}) in {name}, expected whole characters"
+        ) from None
+
+
+def check_messages(messages: object, name: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        found = kind(messages) if messages != [] else "an empty list"
+        raise ValueError(f"found {found} as {name}, expected a list of messages")
+    for i, message in enumerate(messages):
+        where = f"{name}[{i}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            found = repr(message.get("role")) if isinstance(message, dict) else kind(message)
+            raise ValueError(f"found {found} as the role of {where}, expected one of {', '.join(ROLES)}")
+        if message.get("content") is None and message.get("tool_calls"):
+            message["content"] = ""
+        check_text(message.get("content"), f"{where}.content")
+        if message.get("reasoning_content") is not None:
+            check_text(message["reasoning_content"], f"{where}.reasoning_content")
+        for key in ("tools", "tool_calls"):
+            check_json_list(message.get(key), f"{where}.{key}")
+
+
+def check_json_list(value: object, name: str) -> None:
+    """None, an empty string, a list, or a string of JSON that holds a list (or one object)."""
+    if value is None or value == "" or isinstance(value, list):
+        return
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"found {shorten(str(value))} as {name}, which is not JSON ({error}); expected a JSON list"
+        ) from None
+    if not isinstance(value, str) or not isinstance(parsed, (list, dict)):
+        raise ValueError(f"found {kind(parsed)} as {name}, expected a JSON list, or a string that holds one")
+    check_text(value, name)
+
+
+def kind(value: object) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null (or nothing)",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def shorten(value: bytes | str, limit: int = 60) -> str:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return repr(text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}")

@@ -1,0 +1,432 @@
+"""The loop by name: what it asks a source for and when, where it ends, what it says, and what stops it."""
+
+import json
+import signal
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from dataset.batch import Batch
+from training import NextToken, PretrainConfig, checkpoint, distributed
+from training.distributed import World
+from training.engines import Machine, SingleEngine
+from training.loop import Run, StopSignals, explained, held_out_metrics, planned_steps, train
+from training.metrics import Metrics
+from training.saver import Progress, Saver, noted, resume
+from training.setup import Start
+
+# row i is 3 + i % 4 places long, so that rows weigh differently
+ROWS = [[1, 30 + i, *range(5, 7 + i % 4)] for i in range(20)]
+EVERY_LINE = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds", "memory_mb"}
+
+
+@dataclass
+class Documents:
+    """A source that is no Loader: row i is ROWS[i]; it notes what it is asked for."""
+
+    total_rows: int = 6
+    rows_per_update: int = 2
+    ahead: bool = False
+    events: list = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return 4
+
+    def update(self, position: int) -> list[Batch]:
+        self.asked.append(position)
+        self.events.append(("asked", position))
+        return [one_document(row) for row in range(position, min(position + self.rows_per_update, self.total_rows))]
+
+
+def one_document(row: int) -> Batch:
+    ids = torch.tensor([ROWS[row]])
+    tokens = ids.shape[1] - 1
+    return Batch(ids[:, :-1], ids[:, 1:], torch.arange(tokens)[None], [row], tokens, tokens)
+
+
+class Noted(NextToken):
+    """Next-token training that notes which rows it sees, and does to them what a test says."""
+
+    def __init__(self, events: list | None = None, nan_loss: tuple = (), nan_gradient: tuple = ()):
+        super().__init__()
+        self.events = [] if events is None else events
+        self.nan_loss, self.nan_gradient = nan_loss, nan_gradient
+
+    def __call__(self, output, batch):
+        (row,) = batch.row_ids
+        self.events.append(("learnt", row))
+        loss, sums = super().__call__(output, batch)
+        if row in self.nan_loss:
+            return loss * torch.nan, {"loss": sums["loss"] * torch.nan}
+        return (loss * torch.nan if row in self.nan_gradient else loss), sums
+
+
+@pytest.fixture
+def make_parts(make_model, tokenizer, tmp_path):
+    """make_parts(source, objective, held_out, dtype, **flags) -> what `train` takes, of a tiny model."""
+
+    def make(source, objective=None, held_out=None, dtype=torch.float32, **flags) -> tuple:
+        config = PretrainConfig(out_dir=str(tmp_path), dim=32, **({"log_interval": 1, "save_interval": 0} | flags))
+        model = make_model(n_layers=1, max_seq_len=8)
+        engine = SingleEngine(model, config, Machine(World(), torch.device("cpu"), dtype))
+        start = Start(model, lambda: [], tokenizer, config, 8)
+        return engine, objective or NextToken(), source, held_out, start, {"seed": 42}
+
+    return make
+
+
+@pytest.fixture
+def make_run(make_parts):
+    """make_run(source, objective, held_out, dtype, **flags) -> Run in tmp_path/pretrain_32."""
+
+    def make(*parts, **flags) -> Run:
+        engine, objective, source, held_out, start, identity = make_parts(*parts, **flags)
+        config, settings = start.config, noted(start.config, engine, source.rows_per_update)
+        progress = resume(engine, config, identity, settings, print)
+        steps = planned_steps(source, progress, config.max_steps)
+        metrics = Metrics(config.run_dir, {}, stage="pretrain", total_steps=steps, start_step=progress.step)
+        saver = Saver(engine, config, start.tokenizer, identity, settings, progress, steps, metrics.print)
+        return Run(engine, objective, source, held_out, start, progress, steps, metrics, saver)
+
+    return make
+
+
+def records(run: Run) -> list[dict]:
+    return [json.loads(line) for line in (run.config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(run: Run) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in run.engine.model.parameters()]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# What is asked of a source --------------------------------------------------------------------------------------
+
+
+def test_a_source_is_asked_for_an_update_when_it_is_due_and_not_before(make_run):
+    source = Documents(total_rows=6)
+    run = make_run(source, Noted(source.events))
+    run.loop()
+    assert source.events == [
+        ("asked", 0), ("learnt", 0), ("learnt", 1),
+        ("asked", 2), ("learnt", 2), ("learnt", 3),
+        ("asked", 4), ("learnt", 4), ("learnt", 5),
+    ]  # fmt: skip
+
+
+def test_a_source_that_may_be_ahead_makes_the_next_update_while_one_is_learnt(make_run):
+    """Each waits for the other, so that neither could come first."""
+
+    class Ahead(Documents):
+        def update(self, position):
+            making[position].set()
+            if position:
+                met.append(learning[position - 2].wait(5))
+            return super().update(position)
+
+    class Waiting(Noted):
+        def __call__(self, output, batch):
+            first = batch.row_ids[0] // 2 * 2
+            learning[first].set()
+            if first + 2 < 6:  # the last update has none after it
+                met.append(making[first + 2].wait(5))
+            return super().__call__(output, batch)
+
+    making, learning = ({position: threading.Event() for position in range(0, 10, 2)} for _ in range(2))
+    met: list[bool] = []
+    source, objective = Ahead(total_rows=6, ahead=True), Waiting()
+    make_run(source, objective).loop()
+    assert met and all(met)
+    assert source.asked == [0, 2, 4] and objective.events == [("learnt", row) for row in range(6)]
+
+
+def test_what_is_learnt_does_not_depend_on_being_ahead(make_run):
+    found = []
+    for ahead in (False, True):
+        run = make_run(Documents(ahead=ahead), resume="none")
+        run.loop()
+        found.append((parameters(run), run.progress.position, run.progress.tokens))
+    assert equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
+def test_learning_ends_at_the_last_row_and_the_position_with_it(make_run):
+    source, objective = Documents(total_rows=5), Noted()
+    run = make_run(source, objective)
+    run.loop()
+    assert source.asked == [0, 2, 4] and objective.events == [("learnt", row) for row in range(5)]
+    assert (run.progress.step, run.progress.position) == (3, 5)
+    assert run.progress.tokens == sum(len(ids) - 1 for ids in ROWS[:5])
+
+
+def test_a_run_cut_short_goes_on_at_its_row_with_another_number_of_rows_an_update(make_run, capsys):
+    first = Documents(total_rows=11)
+    run = make_run(first, Noted(first.events), max_steps=2)
+    run.loop()
+    second = Documents(total_rows=11, rows_per_update=3)
+    run = make_run(second, Noted(second.events))
+    assert run.progress == Progress(2, 4, sum(len(ids) - 1 for ids in ROWS[:4]), run.progress.seconds)
+    run.loop()
+    assert second.asked == [4, 7, 10] and (run.progress.step, run.progress.position) == (5, 11)
+    assert [row for what, row in first.events + second.events if what == "learnt"] == list(range(11))
+    assert "note: rows an update was 2 when this checkpoint was saved and is 3 now" in capsys.readouterr().out
+
+
+def test_a_run_that_is_complete_learns_nothing_and_says_so(make_run, capsys):
+    make_run(Documents()).loop()
+    source = Documents()
+    run = make_run(source)
+    before = parameters(run)
+    run.loop()
+    assert source.asked == [] and equal(before, parameters(run))
+    assert "this run is complete at step 3; raise --epochs or --max_steps to go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("total_rows", "rows_per_update", "progress", "max_steps", "steps"),
+    [
+        (12, 4, Progress(), 0, 3),
+        (13, 4, Progress(), 0, 4),  # the last update is smaller
+        (13, 4, Progress(step=2, position=8), 0, 4),  # left alone, the plan is what it was
+        (20, 3, Progress(step=2, position=8), 0, 6),  # 12 rows are left, 3 at a time
+        (20, 4, Progress(step=5, position=20), 0, 5),  # complete
+        (16, 4, Progress(step=5, position=20), 0, 5),  # fewer epochs than were learnt
+        (20, 4, Progress(), 7, 7),  # steps are counted, not rows
+        (20, 4, Progress(step=3, position=12), 7, 7),
+        (20, 4, Progress(step=9, position=36), 7, 9),
+    ],
+)
+def test_steps_are_planned_from_where_the_run_stands(total_rows, rows_per_update, progress, max_steps, steps):
+    assert planned_steps(Documents(total_rows, rows_per_update), progress, max_steps) == steps
+
+
+# Updates that are not finite ------------------------------------------------------------------------------------
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_its_rows_are_named(make_run, capsys):
+    run = make_run(Documents(), Noted(nan_loss=(1,)), max_steps=1)
+    before = parameters(run)
+    run.loop()
+    assert equal(before, parameters(run)) and run.progress.step == 1
+    told = capsys.readouterr().err
+    assert "step 1: loss nan, gradient norm nan: update skipped (rank 0, packed rows [[1]])" in told
+    assert records(run)[0]["loss"] is None
+
+
+def test_a_gradient_alone_that_is_not_finite_is_told_apart(make_run, capsys):
+    run = make_run(Documents(), Noted(nan_gradient=(0,)))
+    run.loop()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert "gradient norm nan: update skipped (the losses are finite, the gradient is not)" in line
+    assert [record["grad_norm"] is None for record in records(run)] == [True, False, False]
+
+
+def test_three_such_updates_in_a_row_stop_the_run_with_its_state_saved(make_run, tmp_path):
+    source = Documents(total_rows=16)
+    run = make_run(source, Noted(nan_loss=(2, 4, 6)))
+    message = r"3 updates in a row were not finite, the last at step 4 \(rank 0, packed rows \[\[6\]\]\)"
+    with pytest.raises(ValueError, match=message):
+        run.loop()
+    assert source.asked == [0, 2, 4, 6]
+    folder = tmp_path / "pretrain_32/checkpoints/step_000004"
+    assert checkpoint.damage(folder) is None
+    assert checkpoint.read_run(folder)["progress"]["position"] == 8
+
+
+def test_a_finite_update_between_them_starts_the_count_again(make_run):
+    run = make_run(Documents(total_rows=10), Noted(nan_loss=(0, 2, 6, 8)))
+    run.loop()
+    assert run.progress.step == 5
+
+
+@pytest.mark.parametrize(("updates", "stops"), [(24, False), (25, True)])
+def test_float16_has_25_updates_to_find_its_scale_and_tells_of_none(make_run, capsys, updates, stops):
+    class Same(Documents):
+        def update(self, position):
+            return [one_document(0)]
+
+    # the losses are finite, so what is not finite is taken for a scale that is too large
+    run = make_run(Same(rows_per_update=1), Noted(nan_gradient=(0,)), dtype=torch.float16, max_steps=updates)
+    if stops:
+        with pytest.raises(ValueError, match="25 updates in a row were not finite"):
+            run.loop()
+    else:
+        run.loop()
+    assert "skipped" not in capsys.readouterr().err
+
+
+# Signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_asks_and_the_handlers_come_back(number):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignals() as stop:
+        assert not stop.requested
+        signal.raise_signal(number)
+        assert stop.requested
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_run_asked_to_stop_saves_after_its_update_without_a_validation(make_run, capsys, tmp_path):
+    class Interrupted(Documents):
+        def update(self, position):
+            if position == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().update(position)
+
+    source, held_out = Interrupted(total_rows=10), Documents()
+    run = make_run(source, held_out=held_out, eval_interval=2)
+    run.loop()
+    assert source.asked == [0, 2] and held_out.asked == []
+    assert "stopped at step 2 of 5; the same command continues from here" in capsys.readouterr().err
+    assert checkpoint.damage(tmp_path / "pretrain_32/checkpoints/step_000002") is None
+
+
+# What is said ---------------------------------------------------------------------------------------------------
+
+
+def test_held_out_metrics_are_a_mean_taken_once_over_all_rows(make_run):
+    held_out = Documents(total_rows=5)  # the last update has one row, and rows weigh differently
+    sizes = torch.arange(97)
+    run = make_run(Documents())
+    found = held_out_metrics(run.engine, NextToken(sizes), held_out)
+    total = tokens = size = 0.0
+    for ids in ROWS[:5]:
+        logits = run.engine.model(torch.tensor([ids[:-1]]))[0]
+        total += F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+        tokens += len(ids) - 1
+        size += sum(ids[1:])
+    assert held_out.asked == [0, 2, 4]
+    assert found["val_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert found["val_bpb"] == pytest.approx(total / size / torch.tensor(2.0).log().item(), rel=1e-5)
+    assert held_out_metrics(run.engine, NextToken(sizes), held_out) == found
+
+
+def test_a_line_has_its_names_and_what_is_for_held_out_rows_alone_is_in_no_other(make_run):
+    held_out = Documents(total_rows=2)
+    run = make_run(Documents(total_rows=10), NextToken(torch.ones(97)), held_out, eval_interval=2)
+    run.loop()
+    found = records(run)
+    validated = EVERY_LINE | {"val_loss", "val_bpb"}
+    assert [set(record) for record in found] == [EVERY_LINE, validated, EVERY_LINE, validated, validated]
+    assert [record["epoch"] for record in found] == [0.5, 1, 1.5, 2, 2.5]  # 4 rows make an epoch
+    tokens = [sum(len(ids) - 1 for ids in ROWS[: 2 * step]) for step in range(1, 6)]
+    assert [record["tokens"] for record in found] == tokens
+    assert all(record["tokens_per_second"] > 0 and record["mfu"] > 0 for record in found)
+
+
+def test_a_line_holds_the_loss_of_its_own_update_alone(make_run):
+    run = make_run(Documents(total_rows=8), log_interval=4, learning_rate=1e-12)
+    run.loop()
+    (record,) = records(run)
+    total = sum(
+        F.cross_entropy(run.engine.model(torch.tensor([ids[:-1]]))[0], torch.tensor(ids[1:]), reduction="sum").item()
+        for ids in ROWS[6:8]
+    )
+    assert record["loss"] == pytest.approx(total / sum(len(ids) - 1 for ids in ROWS[6:8]), rel=1e-4)
+
+
+def test_what_is_weighed_is_counted_by_the_second_where_it_is_not_tokens(make_run):
+    class Rows(Noted):
+        unit = "rows"
+
+        def weight(self, batch):
+            return 1
+
+    run = make_run(Documents(), Rows())
+    run.loop()
+    assert all(set(record) == EVERY_LINE | {"rows_per_second"} for record in records(run))
+    assert all(record["rows_per_second"] < record["tokens_per_second"] for record in records(run))
+
+
+def test_lines_are_due_by_log_interval_and_the_last_step_always(make_run):
+    run = make_run(Documents(total_rows=10), log_interval=2)
+    run.loop()
+    assert [record["step"] for record in records(run)] == [2, 4, 5]
+
+
+def test_what_an_objective_warns_of_is_said(make_run, capsys):
+    class Worried(Noted):
+        def warnings(self, record):
+            return [f"loss {record['loss'] > 0} at step {record['step']}"] if record["step"] == 2 else []
+
+    make_run(Documents(), Worried()).loop()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert told == ["warning: loss True at step 2"]
+
+
+# Errors that say what to do -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 80 bytes"),
+    ],
+    ids=["class", "cuda", "cpu", "windows"],
+)
+def test_memory_that_runs_out_says_which_flags_help(make_run, error):
+    run = make_run(Documents(), batch_size=12)
+    run.progress.step = 7
+    with pytest.raises(ValueError, match="out of memory on cpu at step 7: lower --batch_size") as found, explained(run):
+        raise error
+    assert "now 12" in str(found.value) and "--grad_checkpointing" in str(found.value)
+
+
+def test_training_explains_what_went_wrong_in_it(make_parts):
+    class Large(Noted):
+        def __call__(self, output, batch):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ValueError, match="out of memory on cpu at step 0"):
+        train(*make_parts(Documents(), Large()))
+
+
+GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234\nframes")
+
+
+@pytest.mark.parametrize("error", [GLOO, dist.DistBackendError("NCCL watchdog thread")], ids=["gloo", "nccl"])
+def test_a_rank_that_is_gone_says_how_to_go_on(make_run, error):
+    run = make_run(Documents())
+    run.progress.step = 7
+    distributed.start(World(), torch.device("cpu"))
+    try:
+        with pytest.raises(ValueError, match="rank 0 lost contact with another rank after") as found, explained(run):
+            raise error
+    finally:
+        distributed.stop()
+    assert (
+        "the same command goes on from it" in str(found.value)
+        and "step 7 " in str(found.value)
+        and "frames" not in str(found.value)
+    )
+
+
+@pytest.mark.parametrize("error", [GLOO, RuntimeError("shapes do not match"), KeyError("x")], ids=str)
+def test_other_errors_stay_what_they_are(make_run, error):
+    with pytest.raises(type(error)) as found, explained(make_run(Documents())):
+        raise error
+    assert found.value is error

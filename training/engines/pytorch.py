@@ -1,0 +1,277 @@
+"""Micro-batches one after another (`Accumulating`), and what PyTorch's engines share beside that (`PyTorchEngine`): one
+process, DDP, FSDP, and DeepSpeed where it partitions nothing.
+
+place    the model on its device (or this rank's part of it), with its weights
+wrap     what is called forward
+step     unscale, clip, update: parameters and optimizer state in float32, 16 bits by autocast
+save     torch.distributed.checkpoint files, which any number of ranks reads
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dataset.batch import Batch
+from model import GPT
+from training import distributed
+from training.config import Config
+from training.engines.contract import B, Machine, T, Totals, Weights
+from training.engines.named_state import NamedState, is_deepspeed, named_state
+from training.objectives import Objective, Output
+from training.optimizer import build_optimizers
+
+# one process that saves alone is what is meant; said once and for all, since background threads save as well
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+
+class Accumulating:
+    """Micro-batches one after another, gradients added up: all engines but a pipeline.
+
+    The gradient is a sum divided once by the weight of the whole update, so that 8 rows at once and 2 x 4 accumulated
+    give the same, whatever the number of supervised tokens in each.
+    """
+
+    name = "single"
+    averages = False  # whether gradients are averaged over data ranks on the way; the loss is scaled up for it
+    network: nn.Module  # what is called: the model, or what stands around it
+
+    def __init__(self, model: GPT, config: Config, machine: Machine):
+        self.model, self.config = model, config
+        self.world, self.device, self.dtype = machine
+
+    def set_up_blocks(self) -> None:
+        """What flags ask of the network's blocks, once they are where they stay."""
+        self.model.recompute_activations(self.config.grad_checkpointing)
+        if self.config.compile:
+            for block in self.model.blocks():
+                block.compile(dynamic=False)
+
+    # --- what a way of spreading decides ---
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def communicate_if(self, last: bool) -> contextlib.AbstractContextManager:
+        """Around each micro-batch; gradients need to travel after the last one only."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    # --- one update ---
+
+    def ask(self, batch: Batch) -> Output:
+        """The one place where a batch meets the network."""
+        return Output(nll=self.network(batch.input_ids, batch.position_ids, batch.labels))
+
+    def forward_backward(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
+        self.model.train()
+        weight = self.sum_over_data([sum(objective.weight(batch) for batch in micro_batches)])[0]
+        scale = (self.world.data_size if self.averages else 1) / max(weight, 1.0)
+        totals = torch.zeros(len(objective.names), device=self.device, dtype=torch.float32)
+        losses = []
+        for i, batch in enumerate(micro_batches):
+            with self.communicate_if(i == len(micro_batches) - 1):
+                batch = batch.to(self.device)
+                with self.autocast():
+                    loss, sums = objective(self.ask(batch), batch)
+                self.backward(loss * scale)
+            totals += torch.stack([sums[name].float() for name in objective.names])
+            losses.append(sums["loss"])
+        summed = self.sum_over_data(totals.tolist())
+        return Totals(dict(zip(objective.names, summed, strict=True)), weight, losses)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
+        self.model.eval()
+        totals = [0.0] * (len(objective.names) + 1)
+        losses = []
+        for batch in micro_batches:
+            batch = batch.to(self.device)
+            with self.autocast():
+                _, sums = objective(self.ask(batch), batch)
+            here = [*(float(sums[name]) for name in objective.names), float(objective.weight(batch))]
+            totals = [a + b for a, b in zip(totals, here, strict=True)]
+            losses.append(sums["loss"])
+        *summed, weight = self.sum_over_data(totals)
+        return Totals(dict(zip(objective.names, summed, strict=True)), weight, losses)
+
+    @torch.no_grad()
+    def per_place(self, batch: Batch) -> Output:
+        self.model.eval()
+        with self.autocast():
+            return self.ask(batch.to(self.device))
+
+    @contextlib.contextmanager
+    def generator(self) -> Iterator[GPT]:
+        yield self.model.eval()
+
+    @property
+    def scales_loss(self) -> bool:
+        return self.dtype == torch.float16
+
+    # --- what ranks tell each other ---
+
+    @cached_property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """This rank's peers in the data; None where those are all ranks."""
+        return None if self.world.model_size == 1 else self.world.mesh(self.device).get_group("data")
+
+    def sum_over_data(self, values: list[float]) -> list[float]:
+        return distributed.sum_over_ranks(values, self.device, self.data_group)
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        return distributed.sum_over_ranks(values, self.device)
+
+    def gather(self, value: T) -> list[T]:
+        return distributed.gather(value)
+
+    def barrier(self) -> None:
+        distributed.barrier(self.device)
+
+
+class PyTorchEngine(Accumulating):
+    """Holds the model, the optimizers and the loss scaler.
+
+    model may stand on the meta device; `weights` then fill it, one parameter at a time. Without `weights` the model
+    brings its own.
+    """
+
+    def __init__(self, model: GPT, config: Config, machine: Machine, weights: Weights | None = None):
+        super().__init__(model, config, machine)
+        # scales the loss so that small float16 gradients do not vanish; does nothing in the other types
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.model = self.place(model, weights or own_weights(model))
+        self.set_up_blocks()
+        self.optimizers = build_optimizers(self.model, config, fused=self.device.type != "mps")
+        self.network = self.wrap()
+
+    def place(self, model: GPT, weights: Weights) -> GPT:
+        """The model on its device, with its weights."""
+        model = model.to_empty(device=self.device)
+        fill(model, weights)
+        return model
+
+    def wrap(self) -> nn.Module:
+        """What is called forward, once optimizers are built."""
+        return self.model
+
+    # --- one update ---
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear. Returns the gradient's norm before clipping; a non-finite one skips the update."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.scaler.unscale_(optimizer)
+        norm = self.clip_gradients()
+        if norm.isfinite():
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def clip_gradients(self) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
+
+    # --- state ---
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full float32 weights on the CPU, by Hugging Face name; on rank 0 alone."""
+        if self.world.rank:
+            return {}
+        return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+
+    def state(self) -> dict[str, Any]:
+        """Full-precision weights, optimizer state and scaler, by parameter name; each rank its part."""
+        model, optimizer = get_state_dict(self.model, self.optimizers)
+        return {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.model, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        self.scaler.load_state_dict(state["scaler"])
+
+    def save(self, folder: Path, background: bool) -> Future[Any] | None:
+        alone = not dist.is_initialized()
+        if not background:
+            dcp.save(self.state(), checkpoint_id=folder, no_dist=alone)
+            return None
+        written = dcp.async_save(self.state(), checkpoint_id=folder, process_group=self.side_group, no_dist=alone)
+        assert isinstance(written, Future)
+        return written
+
+    @cached_property
+    def side_group(self) -> dist.ProcessGroup | None:
+        """A group of its own for checkpoints in the background, whose messages would else mix with the training's."""
+        if not dist.is_initialized():
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.config.comm_timeout))
+
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`, from any number of ranks and any engine."""
+        if is_deepspeed(folder):
+            with named_state(folder, self) as named:
+                self.take_over(named)
+            return
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        self.set_state(state)
+
+    @torch.no_grad()
+    def take_over(self, named: NamedState) -> None:
+        """Put in weights, moments and AdamW's count, by name."""
+        state = self.state()
+        for name, weight in state["model"].items():
+            slots = state["optimizer"]["state"][name]
+            for slot, full in named.read(name, weight.shape).items():
+                held = weight if slot == "fp32" else slots[slot]
+                held.copy_(like(held, full))
+            slots["step"].fill_(named.step)
+        self.set_state(state)
+
+
+class SingleEngine(PyTorchEngine):
+    """One process, one device, everything whole."""
+
+    name = "single"
+
+
+def like(slot: Tensor, full: Tensor) -> Tensor:
+    """A full tensor that every rank has, cut for this rank where `slot` is cut."""
+    if not isinstance(slot, DTensor):
+        return full
+    return distribute_tensor(full.to(slot.device), slot.device_mesh, slot.placements, src_data_rank=None)
+
+
+def own_weights(model: GPT) -> Weights:
+    kept = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return lambda: kept.items()
+
+
+@torch.no_grad()
+def fill(model: GPT, weights: Weights) -> None:
+    """Copy full tensors into a model's parameters, whole or this rank's part of each."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights():
+        parameter = parameters.pop(name)
+        parameter.copy_(like(parameter, tensor))
+    assert not parameters, f"no weights for {list(parameters)}"

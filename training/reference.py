@@ -1,0 +1,58 @@
+"""DPO's reference: what the frozen starting model thinks of every answer, computed once and cached.
+
+    fill_reference(rows, engine, config, start_hash)      rows.reference = float32 (pairs, 2), nats; chosen, rejected
+
+It is two more columns of the batch, so that the loss is a pure function of tensors and no second model is held.
+"""
+
+import copy
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from dataset import Loader
+from dataset.batch import PairBatch
+from dataset.loader import PairRows, Rows
+from training.config import Config
+from training.engines.contract import Engine
+from training.objectives import answer_logps
+
+
+def fill_reference(rows: Rows, engine: Engine, config: Config, start_hash: str) -> None:
+    """Log-probabilities of every answer under the model as it stands: the starting model, of weights with this hash.
+
+    All ranks share the work. The cache is keyed by the model's weights, the data, and the precision (in which engines
+    differ where it is not float32).
+    """
+    assert isinstance(rows, PairRows)
+    precision = "float32" if engine.dtype == torch.float32 else f"{engine.dtype} {engine.name}"
+    key = xxhash.xxh3_64_hexdigest(f"{start_hash} {rows.encoded.fingerprint} {precision}".encode())
+    path = Path(config.cache_dir) / f"reference-{key}.pt"
+    cached = torch.load(path, weights_only=True).numpy() if path.is_file() else None
+    if all(engine.gather(cached is not None)) and cached is not None:
+        rows.reference = cached
+        return
+    rows.reference = compute_reference(rows, engine, config.batch_size)
+    if engine.world.rank == 0:
+        part = path.with_name(path.name + ".part")
+        torch.save(torch.from_numpy(rows.reference), part)
+        os.replace(part, path)
+
+
+def compute_reference(rows: PairRows, engine: Engine, batch_size: int) -> np.ndarray:
+    """float32 (pairs, 2) on every rank, each having asked about its share of the rows."""
+    world = engine.world
+    asking = copy.copy(rows)  # its batches need a reference of their own, which nobody looks at
+    asking.reference = np.zeros((rows.n_pairs, 2), dtype=np.float32)
+    loader = Loader(asking, batch_size, rank=world.data_rank, world_size=world.data_size, shuffle=False)
+    logps = torch.zeros(rows.n_pairs, 2, dtype=torch.float64)
+    for position in range(0, len(rows), loader.rows_per_update):
+        for batch in loader.update(position):
+            assert isinstance(batch, PairBatch)
+            batch = batch.to(engine.device)
+            logps[batch.pair_ids] = answer_logps(engine.per_place(batch), batch).double().cpu()
+    total = engine.sum_over_ranks((logps / world.model_size).flatten().tolist())
+    return torch.tensor(total).view_as(logps).float().numpy()
