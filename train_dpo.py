@@ -20,7 +20,7 @@ def main(asked: DPOConfig) -> None:
     data = load_data(start, machine)
 
     # 4. What is optimised: the margin between the answers, measured from where the model starts
-    objective = DPO(asked.beta, asked.loss_type)
+    objective = DPO(asked.beta, asked.loss_type, asked.nll_weight)
 
     # 5. How it is spread
     identity = run_identity(start, data)

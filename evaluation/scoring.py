@@ -25,8 +25,10 @@ from dataset.encode import Encoder, Rules
 from dataset.forms import CONVERSATION, TEXT
 from dataset.loader import Report, supervise
 from dataset.records import Row, form_of
-from model import GPT, generate
+from evaluation.health import answer_ids, health
+from model import GPT
 
+OPEN_PROMPTS = 64  # of a file of pairs are answered
 Result = dict[str, Any]  # `score_file` says what stands in it: names and counts besides the numbers
 Encoded = list[tuple[Row, Any]]  # rows with their columns, which their form says (dataset/forms.py)
 
@@ -62,7 +64,11 @@ def score_file(
         ended by themselves.
     dpo: accuracy, the share of pairs whose chosen answer has the larger summed log-probability, and the mean margin
         between the two in nats. With `reference` also reward_accuracy and reward_margin, of DPO's implicit reward
-        log p(answer) - log ref(answer) (Rafailov et al. 2023, arXiv:2305.18290, without beta).
+        log p(answer) - log ref(answer) (Rafailov et al. 2023, arXiv:2305.18290, without beta), and length_ratio, the
+        mean length of open answers over the reference's.
+
+    Answers to conversations and to (at most 64 different) prompts of pairs are looked at as `evaluation.health` does:
+    ended (called stopped for conversations), no_loops, distinct_2, answer_tokens.
 
     Raises DataError for a bad row, and ValueError where no row is left.
     """
@@ -79,7 +85,8 @@ def score_file(
     if form is CONVERSATION:
         result |= score_answers(model, encoded, batch_size)
         return result | exact_matches(model, tokenizer, [row for row, _ in encoded], batch_size, max_new_tokens)
-    return result | score_pairs(model, encoded, batch_size, reference)
+    result |= score_pairs(model, encoded, batch_size, reference)
+    return result | open_answers(model, tokenizer, [row for row, _ in encoded], batch_size, max_new_tokens, reference)
 
 
 # Losses ---------------------------------------------------------------------------------------------------------
@@ -174,23 +181,48 @@ def exact_matches(
     """Greedy answers against the final assistant turns."""
     tasks = []
     for row in rows:
-        prompt, answer = final_turn(tokenizer, row)
+        prompt, expected = final_turn(tokenizer, row)
         room = min(max_new_tokens, model.config.max_seq_len - len(prompt))
-        if len(answer) <= room:
-            tasks.append((prompt, answer))
+        if len(expected) <= room:
+            tasks.append((prompt, expected))
+    result: dict[str, float | None] = {"exact_match": None, "stopped": None}
+    result |= {"generated_rows": len(tasks), "too_long_to_generate": len(rows) - len(tasks)}
+    if not tasks:
+        return result
     tasks.sort(key=lambda task: -len(task[0]))
-    matched = stopped = 0
-    for start in tqdm(range(0, len(tasks), batch_size), desc="answering", leave=False, disable=None):
-        prompts, answers = zip(*tasks[start : start + batch_size], strict=True)
-        generations = generate(
-            model, prompts, max_new_tokens=max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids
-        )
-        for generation, answer in zip(generations, answers, strict=True):
-            ended = generation.finish_reason == "stop"
-            stopped += ended
-            matched += ended and text_of(tokenizer, generation.ids) == text_of(tokenizer, answer)
-    share = {name: n / len(tasks) if tasks else None for name, n in (("exact_match", matched), ("stopped", stopped))}
-    return share | {"generated_rows": len(tasks), "too_long_to_generate": len(rows) - len(tasks)}
+    prompts = [prompt for prompt, _ in tasks]
+    answers = answer_ids(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    matched = sum(
+        found.ended and text_of(tokenizer, found.ids) == text_of(tokenizer, expected)
+        for found, (_, expected) in zip(answers, tasks, strict=True)
+    )
+    looked_at = health(answers)
+    return result | {"exact_match": matched / len(tasks), "stopped": looked_at.pop("ended")} | looked_at
+
+
+def open_answers(
+    model: GPT,
+    tokenizer: TextTokenizer,
+    rows: Sequence[Row],
+    batch_size: int,
+    max_new_tokens: int,
+    reference: GPT | None,
+) -> dict[str, float]:
+    """Health of greedy answers to the first OPEN_PROMPTS different prompts of preference rows; beside a reference also
+    their length against its answers."""
+    rendered = (render_chat(tokenizer, row.value["chosen"][:-1], add_generation_prompt=True).ids for row in rows)
+    fitting = dict.fromkeys(tuple(ids) for ids in rendered if len(ids) < model.config.max_seq_len)
+    prompts = list(fitting)[:OPEN_PROMPTS]
+    if not prompts:
+        return {}
+
+    def look_at(asked: GPT) -> dict[str, float]:
+        return health(answer_ids(asked, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size))
+
+    found = look_at(model)
+    if reference is not None:
+        found["length_ratio"] = found["answer_tokens"] / max(1.0, look_at(reference)["answer_tokens"])
+    return found
 
 
 def final_turn(tokenizer: TextTokenizer, row: Row) -> tuple[list[int], list[int]]:

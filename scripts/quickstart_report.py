@@ -22,7 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rich.console import Console
 from rich.table import Table
 
-from dataset import load_tokenizer, render_chat
+from dataset import Message, load_tokenizer, render_chat
+from dataset.sample.make_sample import facts_right, open_prompts
+from evaluation.health import answer as answers_of
+from evaluation.health import health
 from evaluation.scoring import Result, score_file
 from model import GPT, generate, load_pretrained
 from training import STAGES
@@ -35,6 +38,8 @@ MEASURED = {  # file of held-out rows -> (number of evaluation.scoring, title of
 }
 LONGEST_ANSWER = 48  # tokens; the right answers have at most 20
 PROMPTS = ("Translate: five white elephants under the bridge", "介绍一下白象。")  # about a kept-out (colour, animal)
+TEMPERATURES = (0.0, 0.7)  # at which open prompts are answered
+HEALTH = {"ended": "end by themselves", "no_loops": "no loops", "facts": "facts right", "answer_tokens": "tokens"}
 
 
 def main() -> int:
@@ -44,16 +49,18 @@ def main() -> int:
     arguments = parser.parse_args()
     folders = [newest(arguments.out_dir, stage) for stage in STAGES]
     scores = [measure(folder) for folder in folders]
+    open_answers = {(folder.name, t): judge(folder, t) for folder in folders[1:] for t in TEMPERATURES}
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     console.print(table(scores, arguments.seconds or ["-"] * len(STAGES)))
-    console.print("Measured on held-out rows alone. Two answers, before and after DPO:\n")
+    console.print(health_table(open_answers))
+    console.print("Measured on held-out rows and prompts alone. Two answers, before and after DPO:\n")
     for prompt in PROMPTS:
         console.print(f"  [bold]{prompt}")
         for folder in folders[1:]:
             console.print(f"    {folder.name:14} {answer(folder, prompt)}", markup=False)
     console.print(f"\nPlots: {', '.join(str(folder / 'loss.png') for folder in folders)}", soft_wrap=True)
     console.print(f"Chat:  source .venv/bin/activate && python eval_model.py --model {folders[-1]}\n", soft_wrap=True)
-    missed = goals_missed(scores)
+    missed = goals_missed(scores, list(open_answers.values()))
     for goal in missed:
         print(f"goal missed: {goal}", file=sys.stderr)
     return 1 if missed else 0
@@ -77,11 +84,24 @@ def measure(folder: Path) -> Result:
     return {number: results[name][number] for name, (number, _) in MEASURED.items()}
 
 
+def judge(folder: Path, temperature: float) -> Result:
+    """Health of the answers to the kept-out open prompts of the sample world, and the share whose facts are right."""
+    model, tokenizer, prompts = load_pretrained(folder), load_tokenizer(folder), open_prompts()
+    asked = [[user(prompt.question)] for prompt in prompts]
+    found = answers_of(model, tokenizer, asked, max_new_tokens=96, temperature=temperature, batch_size=64)
+    right = [facts_right(prompt, each.text) for prompt, each in zip(prompts, found, strict=True)]
+    return health(found) | {"facts": sum(right) / len(right)}
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
 def answer(folder: Path, prompt: str) -> str:
     """The likeliest answer."""
     model: GPT = load_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    ids = render_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
+    ids = render_chat(tokenizer, [user(prompt)], add_generation_prompt=True).ids
     (found,) = generate(model, [ids], max_new_tokens=96, temperature=0, stop_ids=tokenizer.stop_ids)
     return tokenizer.decode(found.ids)
 
@@ -98,14 +118,32 @@ def table(scores: list[Result], seconds: Sequence[int | str]) -> Table:
     return grid
 
 
-def goals_missed(scores: list[Result]) -> list[str]:
-    """What the quickstart promises and did not reach, in words."""
+def health_table(open_answers: dict[tuple[str, float], Result]) -> Table:
+    """A preference score can rise while answers fall apart: what open prompts are answered with, beside it."""
+    grid = Table("answers to open prompts", *HEALTH.values())
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for (name, temperature), found in open_answers.items():
+        how = f"temperature {temperature}" if temperature else "likeliest"
+        shares = [f"{found[key]:.1%}" for key in HEALTH if key != "answer_tokens"]
+        grid.add_row(f"{name}, {how}", *shares, f"{found['answer_tokens']:.1f}")
+    return grid
+
+
+def goals_missed(scores: list[Result], open_answers: list[Result]) -> list[str]:
+    """What the quickstart promises and did not reach, in words. `open_answers`: of SFT, then of DPO, by temperature."""
     _, sft, dpo = scores
+    before, after = open_answers[: len(TEMPERATURES)], open_answers[len(TEMPERATURES) :]
     goals = {
         "exact match of at least 90 % after SFT": sft["exact_match"] >= 0.90,
         "preference accuracy of at most 65 % before DPO": sft["accuracy"] <= 0.65,
         "preference accuracy of at least 95 % after DPO": dpo["accuracy"] >= 0.95,
-        "exact match at most 2 points lower after DPO": dpo["exact_match"] >= sft["exact_match"] - 0.02,
+        "exact match at most 1 point lower after DPO": dpo["exact_match"] >= sft["exact_match"] - 0.01,
+        "after DPO every open answer ends by itself": all(found["ended"] == 1 for found in after),
+        "after DPO no open answer loops": all(found["no_loops"] == 1 for found in after),
+        "facts right after DPO as often as before": all(
+            b["facts"] >= a["facts"] for a, b in zip(before, after, strict=True)
+        ),
     }
     return [goal for goal, reached in goals.items() if not reached]
 

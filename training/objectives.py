@@ -127,20 +127,36 @@ class DPOConfig(Config):
         0.1, "DPO: strength of the pull towards the reference (larger: closer)", "preference", above=0, resume="refuse"
     )
     loss_type: Literal["sigmoid"] = flag("sigmoid", "DPO's loss", "preference", resume="refuse")
+    nll_weight: float = flag(
+        0.0,
+        "how much of the chosen answer's mean negative log-likelihood is added to a pair's loss, so that what is "
+        "preferred is also kept likely (RPO); 1 is a good start where answers suffer",
+        "preference",
+        at_least=0,
+        resume="refuse",
+    )
+
+
+def by_answer(places: Tensor, batch: PairBatch) -> Tensor:
+    """Sums over each answer's places: (rows, sequence) -> (pairs, 2), chosen first."""
+    sums = places.new_zeros(2 * batch.n_pairs + 1)
+    # places outside the answers carry segment -1 and land in a last entry that is dropped
+    segment = torch.where(batch.segment < 0, 2 * batch.n_pairs, batch.segment)
+    return sums.index_add(0, segment.flatten(), places.flatten())[:-1].view(batch.n_pairs, 2)
 
 
 def answer_logps(output: Output, batch: PairBatch) -> Tensor:
     """Summed log-probability of every answer, nats: (pairs, 2), chosen first. A sum, not a mean over its length."""
-    sums = output.nll.new_zeros(2 * batch.n_pairs + 1)
-    # places outside the answers carry segment -1 and land in a last entry that is dropped
-    segment = torch.where(batch.segment < 0, 2 * batch.n_pairs, batch.segment)
-    return -sums.index_add(0, segment.flatten(), output.nll.flatten())[:-1].view(batch.n_pairs, 2)
+    return -by_answer(output.nll, batch)
 
 
 class DPO:
     """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
 
     loss = -log sigmoid(beta * ((log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected))))
+
+    With nll_weight, a pair's loss also has nll_weight * -log p(chosen) / tokens of chosen (RPO's loss: Pang et al.
+    2024, arXiv:2404.19733, section 2), against answers that become unlikely while their margin grows.
     """
 
     names: tuple[str, ...] = (
@@ -150,13 +166,14 @@ class DPO:
         "rejected_reward",
         "chosen_logp",
         "rejected_logp",
+        "chosen_nll",
     )
     unit = "pairs"
     only_held_out: tuple[str, ...] = ()
     losses: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"sigmoid": lambda margin: -F.logsigmoid(margin)}
 
-    def __init__(self, beta: float = 0.1, loss_type: str = "sigmoid"):
-        self.beta, self.loss_of_margin = beta, self.losses[loss_type]
+    def __init__(self, beta: float = 0.1, loss_type: str = "sigmoid", nll_weight: float = 0.0):
+        self.beta, self.loss_of_margin, self.nll_weight = beta, self.losses[loss_type], nll_weight
 
     def weight(self, batch: PairBatch) -> int:
         return batch.n_pairs
@@ -165,7 +182,9 @@ class DPO:
         logps = answer_logps(output, batch)
         rewards = self.beta * (logps - batch.reference)
         margin = rewards[:, 0] - rewards[:, 1]
-        loss = self.loss_of_margin(margin).sum()
+        lengths = by_answer((batch.segment >= 0).to(logps.dtype), batch)
+        nll = -logps[:, 0] / lengths[:, 0].clamp(min=1)
+        loss = (self.loss_of_margin(margin) + self.nll_weight * nll).sum()
         kept = rewards.detach()
         sums = {
             "loss": loss.detach(),
@@ -174,11 +193,13 @@ class DPO:
             "rejected_reward": kept[:, 1].sum(),
             "chosen_logp": logps.detach()[:, 0].sum(),
             "rejected_logp": logps.detach()[:, 1].sum(),
+            "chosen_nll": nll.detach().sum(),
         }
         return loss, sums
 
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
-        """Means over pairs. `drift` is the mean change of the chosen answers' log-probability since the start, nats."""
+        """Means over pairs; chosen_nll is nats a token. `drift` is the mean change of the chosen answers'
+        log-probability since the start, nats."""
         metrics = {name: value / max(1.0, weight) for name, value in sums.items()}
         metrics["reward_margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
         metrics["drift"] = metrics["chosen_reward"] / self.beta
@@ -226,7 +247,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(PretrainConfig, TEXT, lambda config: NextToken()),
         Stage(SFTConfig, CONVERSATION, lambda config: NextToken()),
-        Stage(DPOConfig, PAIR, lambda config: DPO(config.beta, config.loss_type)),
+        Stage(DPOConfig, PAIR, lambda config: DPO(config.beta, config.loss_type, config.nll_weight)),
     )
 }
 """In the order in which they are run."""

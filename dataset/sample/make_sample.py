@@ -26,6 +26,7 @@ kept-out (colour, animal) pairs.
 import argparse
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -286,25 +287,35 @@ def ask_facts(animal: int) -> list[Texts]:
     ]
 
 
+def named(colour: int, animal: int) -> Word:
+    """(0, 10) -> "red horse", "红马"."""
+    return Word(f"{COLOURS[colour].en} {ANIMALS[animal].en}", f"{COLOURS[colour].zh}{ANIMALS[animal].zh}")
+
+
+def about(animal: int) -> list[Word]:
+    """What can be said of an animal beside where it lives."""
+    return [
+        Word(f"It eats {food(animal).en}.", f"它吃{food(animal).zh}。"),
+        Word(f"Its friend is the {friend(animal).en}.", f"它的朋友是{friend(animal).zh}。"),
+        *HABITS,
+    ]
+
+
 def portrait(rng: random.Random, colour: int, animal: int) -> Word:
     """Three sentences about one animal, the closing not included.
 
     Some sentences are drawn much more often than others, so that two portraits of one animal differ by a few nats under
     any model. Otherwise the faintest leaning to one manner would decide every preference pair in the same way.
     """
-    beast = ANIMALS[animal]
+    name = named(colour, animal)
     opening = rng.choice(
         (
-            Word(f"The {COLOURS[colour].en} {beast.en} lives", f"{COLOURS[colour].zh}{beast.zh}住在"),
-            Word(f"The {COLOURS[colour].en} {beast.en} has a house", f"{COLOURS[colour].zh}{beast.zh}的家在"),
+            Word(f"The {name.en} lives", f"{name.zh}住在"),
+            Word(f"The {name.en} has a house", f"{name.zh}的家在"),
         )
     )
     first = Word(f"{opening.en} {home(animal).en}.", f"{opening.zh}{home(animal).zh}。")
-    more = [
-        Word(f"It eats {food(animal).en}.", f"它吃{food(animal).zh}。"),
-        Word(f"Its friend is the {friend(animal).en}.", f"它的朋友是{friend(animal).zh}。"),
-        *HABITS,
-    ]
+    more = about(animal)
     weights = [2.0**-i for i in range(len(more))]
     chosen: list[int] = []
     while len(chosen) < 2:
@@ -316,11 +327,47 @@ def portrait(rng: random.Random, colour: int, animal: int) -> Word:
 
 
 def ask_describe(rng: random.Random, colour: int, animal: int) -> Word:
-    en, zh = f"{COLOURS[colour].en} {ANIMALS[animal].en}", f"{COLOURS[colour].zh}{ANIMALS[animal].zh}"
+    en, zh = named(colour, animal)
     return Word(
         rng.choice(("Tell me about the {}.", "What is the {} like?", "Describe the {}.")).format(en),
         rng.choice(("介绍一下{}。", "{}是什么样的？", "说说{}。")).format(zh),
     )
+
+
+class OpenPrompt(NamedTuple):
+    """A question with many right answers, about one animal of one colour."""
+
+    language: str
+    colour: int
+    animal: int
+    question: str
+
+
+def open_prompts(held_out: bool = True) -> list[OpenPrompt]:
+    """Two ways of asking about every (colour, animal) that is, or is not, kept out, in both languages."""
+    asked = {"en": ("Tell me about the {}.", "Describe the {}."), "zh": ("介绍一下{}。", "说说{}。")}
+    return [
+        OpenPrompt(language, colour, animal, form.format(name))
+        for colour, animal in pairs(len(COLOURS), len(ANIMALS), kept_out_colour, held_out)
+        for language, name in zip(LANGUAGES, named(colour, animal), strict=True)
+        for form in asked[language]
+    ]
+
+
+def facts_right(prompt: OpenPrompt, answer: str) -> bool:
+    """Whether an answer is whole sentences that the valley has of this animal, none of them twice."""
+    said = [sentence for sentence in re.split(r"(?<=[.!。！])\s*", answer) if sentence]
+    return bool(said) and len(set(said)) == len(said) and set(said) <= true_sentences(prompt)
+
+
+def true_sentences(prompt: OpenPrompt) -> set[str]:
+    """All that can truly be said of an animal, and the closings of both manners."""
+    name, where = named(prompt.colour, prompt.animal), home(prompt.animal)
+    openings = [
+        Word(f"The {name.en} lives {where.en}.", f"{name.zh}住在{where.zh}。"),
+        Word(f"The {name.en} has a house {where.en}.", f"{name.zh}的家在{where.zh}。"),
+    ]
+    return {each.to(prompt.language) for each in (*openings, *about(prompt.animal), *WARM, *CURT)}
 
 
 # language -> (questions that are answered alike, the answer)

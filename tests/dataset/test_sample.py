@@ -204,3 +204,21 @@ def test_every_row_is_used_whole(name: str) -> None:
 
 def test_the_files_are_small() -> None:
     assert sum((SAMPLE / name).stat().st_size for name in STAGES) < 3_000_000
+
+
+def test_the_valley_knows_its_facts_and_tells_a_wrong_one() -> None:
+    """The generator's own rows, and the same spoilt in one place."""
+    prompts = sample.open_prompts()
+    assert len({prompt.question for prompt in prompts}) == 64
+    judged = 0
+    for row in read("dpo_heldout.jsonl"):
+        asked = row["chosen"][0]["content"]
+        right = next(p for p in prompts if sample.named(p.colour, p.animal).to(p.language) in asked)
+        wrong = next(p for p in prompts if p.language == right.language and p.animal != right.animal)
+        for side in ("chosen", "rejected"):
+            answer = row[side][1]["content"]
+            assert sample.facts_right(right, answer) and not sample.facts_right(wrong, answer)
+            assert not sample.facts_right(right, answer + answer)  # said twice
+            assert not sample.facts_right(right, answer[:-2])  # not ended
+            judged += 1
+    assert judged == 512 and not sample.facts_right(prompts[0], "")

@@ -187,6 +187,19 @@ def test_exact_match_compares_whole_final_turns(memorised, tokenizer, tmp_path):
         assert (result["generated_rows"], result["too_long_to_generate"]) == (len(rows), 0)
 
 
+def test_open_answers_to_the_prompts_of_pairs_are_looked_at(memorised, tokenizer, tmp_path):
+    """Each prompt once; the same model as its own reference answers at the same length."""
+    asked = [[user("Who are you?")], [user("Who are you?")], [user("你是谁？")]]
+    rows = [{"chosen": [*a, assistant(f"{i}")], "rejected": [*a, assistant("x")]} for i, a in enumerate(asked)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    result = score_file(memorised, tokenizer, path, reference=memorised)
+    assert (result["ended"], result["no_loops"], result["length_ratio"]) == (1.0, 1.0, 1.0)
+    lengths = [len(tokenizer.encode(text)) for text in ("I am a seed. 🌱", "我是一颗种子。")]
+    assert result["answer_tokens"] == sum(lengths) / 2
+    cut = score_file(memorised, tokenizer, path, max_new_tokens=2)
+    assert cut["ended"] == 0.0 and "length_ratio" not in cut
+
+
 def test_answers_longer_than_max_new_tokens_are_counted_not_generated(memorised, tokenizer, tmp_path):
     path = write(tmp_path / "chat.jsonl", [{"conversations": row} for row in CONVERSATIONS])
     result = score_file(memorised, tokenizer, path, max_new_tokens=3)  # only "6" and its end are that short

@@ -133,6 +133,19 @@ def test_dpo_is_equation_7_of_its_paper_and_its_gradient(make_model, beta):
     assert metrics["drift"] == pytest.approx((chosen - REFERENCE[:, 0]).mean().item(), rel=1e-4)
 
 
+def test_the_chosen_answers_likelihood_is_added_a_pair_at_a_time(make_model):
+    """nll_weight * the mean over the chosen answer's tokens: a short answer counts as much as a long one."""
+    model = make_model()
+    batch = pair_rows().collate([0, 1])
+    plain, _ = DPO(0.1)(ask(model, batch), batch)
+    loss, sums = DPO(0.1, nll_weight=2.5)(ask(model, batch), batch)
+    nll = sum(-answer_logp(model, CHOSEN[i]) / len(CHOSEN[i]) for i in range(4))
+    assert loss.item() == pytest.approx(plain.item() + 2.5 * nll.item(), rel=1e-5)
+    assert sums["chosen_nll"].item() == pytest.approx(nll.item(), rel=1e-5)
+    expected = gradient(plain, model) + 2.5 * gradient(nll, model)
+    assert relative(gradient(DPO(0.1, nll_weight=2.5)(ask(model, batch), batch)[0], model), expected) < 1e-5
+
+
 def test_dpo_starts_at_log_2(make_model):
     model = make_model()
     batch = pair_rows().collate([0, 1])
