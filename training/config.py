@@ -228,13 +228,13 @@ class BadValue(argparse.ArgumentTypeError, ValueError):
     """A value of the wrong kind: argparse shows its message for a flag, and a file's reader gets a ValueError."""
 
 
-def load_config(cls: type[C], argv: list[str] | None = None) -> C:
-    """Command line (and the YAML file it names) -> config.
+def load_config(cls: type[C], argv: list[str] | None = None, about: str | None = None) -> C:
+    """Command line (and the YAML file it names) -> config. about: what --help begins with, else what the stage is.
 
     Raises ValueError for an unknown name, a value of the wrong kind, or one out of range. `--help` prints and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
-    given, unknown = build_parser(cls).parse_known_args(argv)
+    given, unknown = build_parser(cls, about).parse_known_args(argv)
     values = vars(given)
     values.pop("local_rank", None)  # the deepspeed launcher adds it; ranks are read from the environment
     names = [f.name for f in fields(cls)]
@@ -247,9 +247,14 @@ def load_config(cls: type[C], argv: list[str] | None = None) -> C:
     return config
 
 
-def build_parser(cls: type[Config]) -> argparse.ArgumentParser:
+def build_parser(cls: type[Config], about: str | None = None) -> argparse.ArgumentParser:
     """One option a field; what is not given stays out of the namespace."""
-    parser = Parser(description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        description=about or cls.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="read flags from a file first")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
