@@ -28,8 +28,9 @@ from evaluation import Result, score_file
 from model import GPT, GPTConfig, load_config, load_pretrained
 from model.generate import check_arguments
 from serving import ContextFull, Notice, Sampling, Session
-from training.config import SHAPE_FLAGS, Config, Parser, convert, unknown_name
+from training.config import SHAPE_FLAGS, Config, Parser, convert, plain, rules
 from training.distributed import World, pick_device, pick_dtype
+from training.names import flags_among, unknown_names
 from training.objectives import STAGES
 
 FOLDER_FLAGS = (*SHAPE_FLAGS, "max_seq_len")  # must agree with the folder's config.json where they are given
@@ -100,16 +101,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Raises ValueError for an unknown flag, naming the nearest, and for flags that do not go together."""
+    """Raises ValueError for unknown flags, saying what each is called here, and for flags that do not go together."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     which = parser.add_argument_group("which model")
     which.add_argument("--model_mode", type=int, choices=(0, 1, 2), default=1, help="0 pretrain, 1 full_sft, 2 dpo [1]")
     which.add_argument("--out_dir", default="out", help="where run folders {stage}_{dim} live [out]")
     which.add_argument("--model", metavar="FOLDER", help="open this folder instead: ours, or any Llama or Qwen3 one")
-    hints = typing.get_type_hints(Config)
-    for name in FOLDER_FLAGS:
-        kind = partial(convert, kind=hints[name], name=f"--{name}")
-        which.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    add_shapes(which, parser.add_argument_group("shape, checked against the folder's config.json"))
     which.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     which.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[auto]")
     talking = parser.add_argument_group("talking")
@@ -132,7 +130,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     scoring.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(unknown_name(unknown[0], list(vars(arguments)), "flag", "--"))
+        raise ValueError(unknown_names(flags_among(unknown), list(vars(arguments)), "flag", "--", tuple(rules(Config))))
     if arguments.score and arguments.prompt is not None:
         raise ValueError("--score and --prompt are two different things to do; give one of them")
     if not arguments.score and (arguments.json or arguments.reference):
@@ -140,6 +138,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.batch_size < 1 or arguments.max_rows < 0:
         raise ValueError("--batch_size must be at least 1 and --max_rows at least 0")
     return arguments
+
+
+def add_shapes(which: argparse._ArgumentGroup, checked: argparse._ArgumentGroup) -> None:
+    """Training's shape flags. --dim finds the folder as well; the others are only checked, so a line may be reused."""
+    hints = typing.get_type_hints(Config)
+    for name in FOLDER_FLAGS:
+        kind = partial(convert, kind=hints[name], name=f"--{name}")
+        group, shown = (
+            (which, "width: open {stage}_{dim}, not the newest")
+            if name == "dim"
+            else (checked, rules(Config)[name].help)
+        )
+        group.add_argument(f"--{name}", type=kind, metavar=plain(hints[name]).__name__, help=shown)
 
 
 def find_folder(arguments: argparse.Namespace) -> Path:

@@ -44,15 +44,19 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+            fitting = ", ".join(str(n) for n in range(1, self.n_heads + 1) if self.n_heads % n == 0)
+            raise ValueError(
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}; n_kv_heads may be {fitting}"
+            )
         if self.head_dim is None:
             if self.dim % self.n_heads:
-                raise ValueError(
-                    f"dim {self.dim} is not a multiple of n_heads {self.n_heads}; change one, or give head_dim"
-                )
+                raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}; {self.fitting()}")
             self.head_dim = self.dim // self.n_heads
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs, so it must be even")
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs, so dim / n_heads must be even; "
+                + self.fitting()
+            )
         if self.ffn_dim is None:
             self.ffn_dim = default_ffn_dim(self.dim)
         if not 0 <= self.dropout < 1:
@@ -60,6 +64,12 @@ class GPTConfig:
         rope_type = (self.rope_scaling or {}).get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+
+    def fitting(self) -> str:
+        """The widths next to `dim` that `n_heads` heads of an even width make up, in words."""
+        step = 2 * self.n_heads
+        below = self.dim // step * step
+        return f"take dim {f'{below} or ' if below else ''}{below + step}, or another n_heads"
 
     def flops_per_token(self, seq_len: int) -> float:
         """Operations of one token's forward and backward pass: 6 N + 12 L H Q T (PaLM, arXiv:2204.02311, appendix B).

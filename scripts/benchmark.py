@@ -4,6 +4,9 @@ python scripts/benchmark.py pretrain --data_path corpus.jsonl --dim 512 --n_laye
 
 Real rows, the real engine, random weights, nothing saved. Real tokens are those that are not padding. One update is run
 first and not counted. Compare only figures of one run: a shared machine is not equally fast twice.
+
+The flags are those of the stage; --max_steps are the updates measured, by default 5. What is validated, saved and
+reported does not count.
 """
 
 import subprocess
@@ -91,6 +94,10 @@ def print_result(start: Start[Config], machine: Machine, speed: float, weighed: 
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
-        sys.exit(f"usage: python scripts/benchmark.py {{{','.join(STAGES)}}} [flags of that stage]")
-    run_stage(main, STAGES[sys.argv.pop(1)].config)
+    usage = f"usage: python scripts/benchmark.py {{{','.join(STAGES)}}} [flags of that stage]"
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(f"{usage}\n\n{__doc__}\nA stage and --help list its flags: python scripts/benchmark.py dpo --help")
+    elif len(sys.argv) < 2 or sys.argv[1] not in STAGES:
+        sys.exit(f"{usage}; --help says more")
+    else:
+        run_stage(main, STAGES[sys.argv.pop(1)].config, __doc__)

@@ -7,6 +7,8 @@ One update on one short row, random weights, nothing saved. The bytes are those 
 storage counted once: what the parameters stand on, what the optimizer keeps, and what is there before the update and
 gone after it (gradients). Beside them the formula of the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054,
 section 3) for this engine's number of copies.
+
+The flags are those of pretraining. Shape, engine, precision and offload count; data, batches and reporting do not.
 """
 
 import gc
@@ -138,4 +140,4 @@ def main(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, PretrainConfig)
+    run_stage(main, PretrainConfig, __doc__)

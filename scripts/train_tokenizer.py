@@ -58,13 +58,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", nargs="+", required=True, help='JSONL files of {"text": ...}, .gz as well')
     parser.add_argument("--out_dir", required=True, help="folder to write the tokenizer's files to")
-    parser.add_argument("--vocab_size", type=int, default=6400, help="pieces, control tokens and bytes included")
-    parser.add_argument("--character_coverage", type=float, default=0.988, help="share of characters with a piece")
-    parser.add_argument("--max_bytes", type=int, default=20_000_000, help="UTF-8 bytes to train on")
-    parser.add_argument("--max_bytes_per_file", type=int, default=3_000_000, help="most that one file may give")
-    parser.add_argument("--chinese_share", type=float, default=0.5, help="share of the bytes that is Chinese")
-    parser.add_argument("--max_piece_length", type=int, default=16, help="characters in the longest piece")
-    parser.add_argument("--held_out", type=float, default=0.02, help="share of the documents kept for measuring")
+    parser.add_argument("--vocab_size", type=int, default=6400, help="pieces, control tokens and bytes included [6400]")
+    parser.add_argument(
+        "--character_coverage", type=float, default=0.988, help="characters with a piece; others are bytes [0.988]"
+    )
+    parser.add_argument("--max_bytes", type=int, default=20_000_000, help="UTF-8 bytes to train on [20 MB]")
+    parser.add_argument("--max_bytes_per_file", type=int, default=3_000_000, help="most that one file may give [3 MB]")
+    parser.add_argument("--chinese_share", type=float, default=0.5, help="share of the bytes that is Chinese [0.5]")
+    parser.add_argument("--max_piece_length", type=int, default=16, help="characters in the longest piece [16]")
+    parser.add_argument("--held_out", type=float, default=0.02, help="share of documents kept for measuring [0.02]")
     return parser.parse_args(arguments)
 
 

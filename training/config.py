@@ -3,8 +3,9 @@
     load_config(PretrainConfig, ["--config", "configs/tiny.yaml", "--learning_rate", "1e-3"])
     -> PretrainConfig(dim=64, ..., learning_rate=0.001)
 
-Flat names, the same on the command line and in YAML; a flag after --config overrides the file. An unknown name fails
-and the nearest one is named. `None` means "not given": shapes then come from the model folder or from GPTConfig.
+Flat names, the same on the command line and in YAML; a flag after --config overrides the file. Unknown names fail, all
+in one message, each answered by what it is called here (names.py). `None` means "not given": shapes then come from the
+model folder or from GPTConfig.
 What all stages share stands here; what one stage has of its own stands beside its objective.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
+
+from training.names import flags_among, unknown_names
 
 SAMPLE = str(Path(__file__).parent.parent / "dataset" / "sample")
 
@@ -169,7 +172,10 @@ class Config:
         "machine",
     )
     offload: Literal["none", "cpu", "nvme"] | None = flag(
-        None, "keep sharded state in host memory, or (deepspeed stage 3) on a disk", "machine"
+        None,
+        "where sharded state is kept: none (on the device), cpu (host memory; fsdp and deepspeed), nvme (a disk; "
+        "deepspeed stage 3); by default the deepspeed_config's, else none",
+        "machine",
     )
     offload_dir: str | None = flag(
         None, "folder on the disk that --offload nvme uses; by default the run's", "machine", by_node=True
@@ -222,18 +228,18 @@ class BadValue(argparse.ArgumentTypeError, ValueError):
     """A value of the wrong kind: argparse shows its message for a flag, and a file's reader gets a ValueError."""
 
 
-def load_config(cls: type[C], argv: list[str] | None = None) -> C:
-    """Command line (and the YAML file it names) -> config.
+def load_config(cls: type[C], argv: list[str] | None = None, about: str | None = None) -> C:
+    """Command line (and the YAML file it names) -> config. about: what --help begins with, else what the stage is.
 
     Raises ValueError for an unknown name, a value of the wrong kind, or one out of range. `--help` prints and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
-    given, unknown = build_parser(cls).parse_known_args(argv)
+    given, unknown = build_parser(cls, about).parse_known_args(argv)
     values = vars(given)
     values.pop("local_rank", None)  # the deepspeed launcher adds it; ranks are read from the environment
     names = [f.name for f in fields(cls)]
     if unknown:
-        raise ValueError(unknown_name(unknown[0], names, "flag", "--"))
+        raise ValueError(unknown_names(flags_among(unknown), names, "flag", "--"))
     path = values.pop("config", None)
     from_file = read_yaml(path, cls, names) if path else {}
     config = cls(**(from_file | values))
@@ -241,9 +247,14 @@ def load_config(cls: type[C], argv: list[str] | None = None) -> C:
     return config
 
 
-def build_parser(cls: type[Config]) -> argparse.ArgumentParser:
+def build_parser(cls: type[Config], about: str | None = None) -> argparse.ArgumentParser:
     """One option a field; what is not given stays out of the namespace."""
-    parser = Parser(description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        description=about or cls.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="read flags from a file first")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
@@ -293,16 +304,10 @@ def read_yaml(path: str, cls: type[Config], names: list[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: found {type(content).__name__}, expected lines of `flag: value`")
     hints = typing.get_type_hints(cls)
-    for name in content:
-        if name not in names:
-            raise ValueError(f"--config {path}: {unknown_name(str(name), names, 'key', '')}")
+    unknown = [str(name) for name in content if name not in names]
+    if unknown:
+        raise ValueError(f"--config {path}: {unknown_names(unknown, names, 'key', '')}")
     return {name: convert(value, hints[name], f"{path}: {name}") for name, value in content.items()}
-
-
-def unknown_name(found: str, names: list[str], kind: str, prefix: str) -> str:
-    nearest = difflib.get_close_matches(found.lstrip("-").split("=")[0].replace("-", "_"), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {prefix}{nearest[0]}?" if nearest else "; --help lists them all"
-    return f"unknown {kind} {found}{hint}"
 
 
 def plain(kind: Any) -> Any:

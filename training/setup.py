@@ -29,10 +29,13 @@ from training.objectives import STAGES
 C = TypeVar("C", bound=Config)
 
 
-def run_stage(main: Callable[[Any], None], cls: type[Config]) -> None:
-    """Parse flags and call main; what a user did wrong is one line, not a traceback. Exits with 2 then."""
+def run_stage(main: Callable[[Any], None], cls: type[Config], about: str | None = None) -> None:
+    """Parse flags and call main; what a user did wrong is one line, not a traceback. Exits with 2 then.
+
+    about: what --help begins with, where a script is no stage but takes a stage's flags.
+    """
     try:
-        main(load_config(cls))
+        main(load_config(cls, about=about))
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, RuntimeError):

@@ -34,9 +34,9 @@ def test_ffn_width_is_8_thirds_of_dim_rounded_up_to_64(dim, width):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_heads": 6, "n_kv_heads": 4}, "n_heads 6 is not a multiple of n_kv_heads 4"),
-        ({"dim": 100, "n_heads": 8}, "dim 100 is not a multiple of n_heads 8"),
-        ({"dim": 24, "n_heads": 8}, "head_dim 3 is odd"),
+        ({"n_heads": 6, "n_kv_heads": 4}, "n_heads 6 is not a multiple of n_kv_heads 4; n_kv_heads may be 1, 2, 3, 6"),
+        ({"dim": 100, "n_heads": 8}, "dim 100 is not a multiple of n_heads 8; take dim 96 or 112, or"),
+        ({"dim": 24, "n_heads": 8}, "head_dim 3 is odd.*; take dim 16 or 32, or another n_heads"),
         ({"n_layers": 0}, "n_layers is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' is not supported"),

@@ -28,12 +28,12 @@ def recipe(tmp_path):
     ("argv", "nearest"),
     [
         (["--lerning_rate", "1e-3"], "unknown flag --lerning_rate; did you mean --learning_rate?"),
-        (["--learning-rate=1e-3"], "unknown flag --learning-rate=1e-3; did you mean --learning_rate?"),
+        (["--learning-rate=1e-3"], "unknown flag --learning-rate=1e-3; here it is --learning_rate"),
         (["--batchsize", "4"], "did you mean --batch_size?"),
         (["--learn", "1e-3"], "unknown flag --learn"),  # no abbreviations either
         (["--zzzzz"], "unknown flag --zzzzz; --help lists them all"),
         (["stray"], "unknown flag stray"),
-        (["--beta", "0.1"], "unknown flag --beta"),  # DPO's alone
+        (["--beta", "0.1"], "unknown flag --beta; a flag of train_dpo.py"),
     ],
 )
 def test_an_unknown_flag_names_the_nearest(argv, nearest):
@@ -43,8 +43,8 @@ def test_an_unknown_flag_names_the_nearest(argv, nearest):
 
 
 def test_an_unknown_key_names_file_and_nearest(recipe):
-    with pytest.raises(ValueError, match=r"recipe\.yaml: unknown key n_layer; did you mean n_layers\?"):
-        load(*recipe("n_layer: 4\n"))
+    with pytest.raises(ValueError, match=r"recipe\.yaml: unknown key n_layers_; did you mean n_layers\?"):
+        load(*recipe("n_layers_: 4\n"))
 
 
 @pytest.mark.parametrize(
