@@ -5,11 +5,14 @@ LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them there is one process. What
 gradients (sums, any value, a barrier) is here too, and costs one process nothing.
 """
 
+import contextlib
+import math
 import os
 import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -89,6 +92,11 @@ def pick_device(name: str, world: World) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from None
+    if device.index is not None and world.local_size > 1:
+        raise ValueError(
+            f"--device {name} is one device, and {world.local_size} processes run on this node; give --device "
+            f"{device.type}, and each takes its own (CUDA_VISIBLE_DEVICES says which they may choose from)"
+        )
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
@@ -102,13 +110,49 @@ def pick_device(name: str, world: World) -> torch.device:
             )
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        # torchrun sets one thread a process, which leaves a single process on a big machine idle
-        torch.set_num_threads(
-            max(1, len(os.sched_getaffinity(0)) // world.local_size)
-            if hasattr(os, "sched_getaffinity")
-            else max(1, (os.cpu_count() or 1) // world.local_size)
-        )
+        torch.set_num_threads(cpu_threads(world))
     return device
+
+
+def cpu_threads(world: World) -> int:
+    """Threads of this process: what OMP_NUM_THREADS says, else its share of the cores.
+
+    A 1 under torchrun is nobody's wish: torchrun sets it where it is not set, which would leave cores idle.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list has a number for each nested level
+    if given.isdecimal() and int(given) and not (given == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        return int(given)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # rounded down: threads wait for each other, and all would wait for one that the quota holds back
+    return max(1, int(min(cores, cpu_quota())) // world.local_size)
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Cores that the control groups of this process (a container's) let it use; infinite where they set no limit."""
+    quota = math.inf
+    memberships = root / "proc/self/cgroup"
+    for line in memberships.read_text().splitlines() if memberships.is_file() else []:
+        _, controllers, group = line.split(":", 2)  # version 2 names no controllers
+        top = root / "sys/fs/cgroup" / controllers
+        folder = top / group.lstrip("/")
+        # a limit above holds as well; within a container the path may be the host's, and only the top be there
+        for level in (folder, *folder.parents):
+            quota = min(quota, group_quota(level))
+            if level == top:
+                break
+    return quota
+
+
+def group_quota(folder: Path) -> float:
+    """Cores one control group may use: `cpu.max` holds "200000 100000" in version 2, two files in version 1."""
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" and -1 are no limit
+        if (folder / "cpu.max").is_file():
+            used, period = map(int, (folder / "cpu.max").read_text().split())
+        else:
+            used, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        if used > 0:
+            return used / period
+    return math.inf
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
