@@ -124,7 +124,9 @@ class Run:
     def __post_init__(self) -> None:
         self.config, self.tokenizer, self.say = self.start.config, self.start.tokenizer, self.metrics.print
         self.flops_per_token = self.engine.model.config.flops_per_token(self.start.max_seq_len)
-        self.peak_flops = peak_flops(self.engine.device, self.engine.dtype) * self.engine.world.size
+        # a CPU has no peak to speak of: the rate of a product depends on its size, its threads, and who else is there
+        gpu = self.engine.device.type != "cpu"
+        self.peak_flops = peak_flops(self.engine.device, self.engine.dtype) * self.engine.world.size if gpu else None
         self.bad_updates = 0
         self.window = Window()
 
@@ -232,8 +234,9 @@ class Run:
         record: Record = {"step": progress.step, "epoch": progress.position / self.source.rows_per_epoch}
         record |= {name: value for name, value in learnt.items() if name not in self.objective.only_held_out}
         record |= {"lr": rate, "grad_norm": norm, "tokens": progress.tokens, "tokens_per_second": speed}
-        record |= {"mfu": speed * self.flops_per_token / self.peak_flops, "seconds": progress.seconds}
-        record["memory_mb"] = peak_memory_mb(self.engine.device)
+        if self.peak_flops is not None:
+            record["mfu"] = speed * self.flops_per_token / self.peak_flops
+        record |= {"seconds": progress.seconds, "memory_mb": peak_memory_mb(self.engine.device)}
         if unit:
             record[f"{unit}_per_second"] = window.weight / max(seconds, 1e-9)
         return record
