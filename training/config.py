@@ -10,6 +10,7 @@ What all stages share stands here; what one stage has of its own stands beside i
 
 import argparse
 import difflib
+import re
 import sys
 import types
 import typing
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 SAMPLE = str(Path(__file__).parent.parent / "dataset" / "sample")
+BEST = "best"  # the folder, within a run's, of the best model so far
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,14 @@ class Config:
         "stop", "what to do about a row that cannot be used; skipped ones are counted and listed", "files"
     )
     cache_dir: str = flag(".cache/seedling", "where tokenized data is kept", "files", by_node=True)
-    out_dir: str = flag("out", "run folders {stage}_{dim} live here", "files", by_node=True)
-    init_from: str | None = flag(None, "model folder to start from, or none for random weights", "files", by_node=True)
+    out_dir: str = flag("out", "run folders live here", "files", by_node=True)
+    run_name: str | None = flag(None, "name of this run's folder in out_dir; by default {stage}_{dim}", "files")
+    init_from: str | None = flag(
+        None,
+        "model folder to start from, or the name of a run in out_dir, or none for random weights",
+        "files",
+        by_node=True,
+    )
     tokenizer: str | None = flag(
         None, "folder of the tokenizer; by default the one of init_from, else the shipped one", "files", by_node=True
     )
@@ -199,13 +207,20 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.out_dir) / f"{self.stage}_{self.dim}"
+        return Path(self.out_dir) / (self.run_name or f"{self.stage}_{self.dim}")
 
     def check(self) -> None:
         """Raise ValueError for a value out of its range, and for flags that contradict each other."""
         for name, rule in rules(self).items():
             if getattr(self, name) is not None:
                 rule.check(name, getattr(self, name))
+        if self.run_name is not None and (
+            self.run_name in ("", ".", "..", "none") or re.search(r"[/\\]", self.run_name)
+        ):
+            raise ValueError(
+                f"--run_name is {self.run_name!r}; it must be the name of one folder in --out_dir, "
+                "without / and \\, and not none, which --init_from has for random weights"
+            )
         if self.global_batch_size and self.accumulation_steps != 1:
             raise ValueError(
                 f"--global_batch_size {self.global_batch_size} sets the accumulation, "
@@ -348,7 +363,32 @@ def convert(value: Any, kind: Any, name: str) -> Any:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the config as YAML that --config takes."""
+    """Write the config as YAML that --config takes. Its first line says the stage, for `stage_of`."""
     content = {name: value for name, value in asdict(config).items() if value is not None}
     header = f"# python train_{config.stage}.py --config {path}\n"
     path.write_text(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def stage_of(folder: Path) -> str | None:
+    """The stage that made a model folder, by the config.yaml of its run or else by its name; None where neither says.
+
+    stage_of(Path("out/pretrain_512"))  -> "pretrain"
+    stage_of(Path("out/wide"))          -> "pretrain", where its config.yaml begins with `# python train_pretrain.py`
+    """
+    folder = folder.resolve()
+    run = folder.parent if folder.name == BEST else folder
+    path = run / "config.yaml"
+    header = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
+    found = re.match(r"# python train_(\w+)\.py ", header) or re.fullmatch(r"([a-z_]+)_\d+", run.name)
+    return found[1] if found else None
+
+
+def model_folder(name: str, out_dir: str) -> Path:
+    """A model folder by its path, or by the name of its run in out_dir. Raises FileNotFoundError where neither is."""
+    for folder in (Path(name), Path(out_dir) / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"{name}: no such folder, here or in {out_dir}; expected a model folder (with config.json and "
+        "model.safetensors), or the name of a run"
+    )
