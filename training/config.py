@@ -197,6 +197,15 @@ class Config:
     eval_rows: int = flag(512, "packed rows a validation looks at, at most (0: all)", "reporting", at_least=0)
     save_interval: int = flag(500, "steps between checkpoints (0: only at the end)", "reporting", at_least=0)
     keep_last: int = flag(2, "checkpoints kept", "reporting", at_least=1)
+    keep_best: str | None = flag(
+        None,
+        "keep the best model too, in the run's folder best: by val_loss, val_bpb, val_reward_accuracy ...",
+        "reporting",
+        resume="note",
+    )
+    patience: int = flag(
+        0, "end after so many validations in a row without a gain by keep_best (0: off)", "reporting", at_least=0
+    )
     async_save: bool = flag(False, "write checkpoints while training goes on", "reporting")
     sample_interval: int = flag(0, "steps between samples (0: none)", "reporting", at_least=0)
     sample_prompt: str | None = flag(None, "what samples begin with, or answer", "reporting")
@@ -221,11 +230,30 @@ class Config:
                 f"--run_name is {self.run_name!r}; it must be the name of one folder in --out_dir, "
                 "without / and \\, and not none, which --init_from has for random weights"
             )
+        self.check_keep_best()
         if self.global_batch_size and self.accumulation_steps != 1:
             raise ValueError(
                 f"--global_batch_size {self.global_batch_size} sets the accumulation, "
                 f"--accumulation_steps {self.accumulation_steps} contradicts it; give one of them"
             )
+
+    def check_keep_best(self) -> None:
+        """Raise ValueError for flags that leave nothing to tell the best model by."""
+        if self.keep_best is None:
+            if self.patience:
+                raise ValueError(
+                    f"--patience {self.patience} needs --keep_best METRIC (val_loss, say), which tells what a gain is"
+                )
+            return
+        for name, missing in (
+            ("--val_fraction 0", not self.val_fraction and not self.val_path),
+            ("--eval_interval 0", not self.eval_interval),
+        ):
+            if missing:
+                raise ValueError(
+                    f"--keep_best {self.keep_best} compares validations on the way, and {name} makes none; "
+                    "leave one of the two out"
+                )
 
 
 SHAPE_FLAGS = tuple(name for name, rule in rules(Config).items() if rule.shape)

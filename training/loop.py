@@ -26,6 +26,7 @@ from dataset.batch import Batch
 from dataset.forms import start_document
 from model import generate
 from training import checkpoint, distributed
+from training.best import Best, check_keep_best
 from training.config import save_config
 from training.engines.contract import Engine, Totals
 from training.metrics import Metrics, Record, peak_flops, peak_memory_mb
@@ -66,6 +67,7 @@ def train(
     Raises ValueError for a checkpoint of another identity, and after several non-finite updates in a row.
     """
     config, first = start.config, engine.world.rank == 0
+    check_keep_best(config, objective, held_out is not None)
     checkpoint.share_folder(engine, config.run_dir)
     # dropout differs between ranks; nothing random before this counts
     torch.manual_seed(config.seed + engine.world.rank)
@@ -127,6 +129,7 @@ class Run:
         # a CPU has no peak to speak of: the rate of a product depends on its size, its threads, and who else is there
         gpu = self.engine.device.type != "cpu"
         self.peak_flops = peak_flops(self.engine.device, self.engine.dtype) * self.engine.world.size if gpu else None
+        self.best = Best(self.engine, self.config, self.tokenizer, self.progress, self.say)
         self.bad_updates = 0
         self.window = Window()
 
@@ -135,7 +138,7 @@ class Run:
         self.begin()
         with StopSignals() as stop, Upcoming(self.source, self.total_steps - progress.step) as upcoming:
             self.window.start()
-            while progress.step < self.total_steps:
+            while progress.step < self.total_steps and not self.best.over:
                 micro_batches = upcoming.take(progress.position)
                 rate = learning_rate(progress.step, self.total_steps, config)
                 totals = engine.forward_backward(micro_batches, self.objective)
@@ -154,10 +157,7 @@ class Run:
                 if due(progress.step, config.save_interval) and progress.step < self.total_steps:
                     saver.save(progress, last=False)
             saver.save(progress)  # in here: a second signal while it writes must not cost it
-        if progress.step < self.total_steps:
-            self.say(f"stopped at step {progress.step} of {self.total_steps}; the same command continues from here")
-        else:
-            self.say(f"model folder: {config.run_dir}")
+        self.end()
 
     def begin(self) -> None:
         if self.progress.step >= self.total_steps:
@@ -168,6 +168,21 @@ class Run:
         if self.engine.world.rank == 0:
             save_config(self.config, self.config.run_dir / "config.yaml")
         distributed.set_timeout(timedelta(seconds=self.config.comm_timeout))
+
+    def end(self) -> None:
+        """Say how the run ended, and what it leaves."""
+        config, step, total_steps = self.config, self.progress.step, self.total_steps
+        if step < total_steps and self.best.over:
+            self.say(
+                f"ended at step {step} of {total_steps}: {self.progress.waited} validations in a row were no better "
+                f"than {self.best}; a larger --patience goes on"
+            )
+        elif step < total_steps:
+            self.say(f"stopped at step {step} of {total_steps}; the same command continues from here")
+            return
+        self.say(f"model folder: {config.run_dir}")
+        if self.best.kept:
+            self.say(f"best model: {self.best.folder} ({self.best})")
 
     def count(self, micro_batches: list[Batch], stop: bool) -> "Seen":
         """What this update was made of, and what any rank was asked meanwhile; one sum tells all ranks the same."""
@@ -217,6 +232,8 @@ class Run:
             self.metrics.log(record)
             for warning in self.objective.warnings(record):
                 self.say(f"warning: {warning}")
+            if evaluate and self.held_out:
+                self.best.see(record)
             self.window.start()
         else:
             self.metrics.advance(progress.step)

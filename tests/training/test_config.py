@@ -81,6 +81,26 @@ def test_beta_must_be_positive():
         load("--beta", "0", cls=DPOConfig)
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--patience", "3"], "--patience 3 needs --keep_best METRIC"),
+        (
+            ["--keep_best", "val_loss", "--val_fraction", "0"],
+            "--keep_best val_loss compares .*--val_fraction 0 makes none",
+        ),
+        (
+            ["--keep_best", "val_loss", "--eval_interval", "0"],
+            "--keep_best val_loss compares .*--eval_interval 0 makes",
+        ),
+    ],
+)
+def test_a_best_model_that_nothing_could_tell_is_refused(argv, message):
+    with pytest.raises(ValueError, match=message):
+        load(*argv)
+    assert load("--keep_best", "val_loss", "--val_fraction", "0", "--val_path", "held_out.jsonl", "--patience", "2")
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_flag_overrides_the_file_which_overrides_the_default(recipe, order):
     file, flags = recipe("dim: 64\nn_layers: 4\n"), ["--n_layers", "6"]
