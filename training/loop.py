@@ -24,7 +24,7 @@ import torch
 from dataset import render_chat
 from dataset.batch import Batch
 from dataset.forms import start_document
-from model import generate
+from model import GPT, generate
 from training import checkpoint, distributed
 from training.best import Best, check_keep_best
 from training.config import save_config
@@ -48,6 +48,10 @@ class Source(Protocol):
 
     @property
     def rows_per_epoch(self) -> int: ...
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Real (non-padding) tokens of a row, on average."""
 
     def update(self, position: int) -> list[Batch]:
         """This rank's micro-batches of the update that begins at a position."""
@@ -165,9 +169,27 @@ class Run:
                 f"this run is complete at step {self.progress.step}; raise --epochs or --max_steps to go on, "
                 "or start over with --resume none"
             )
+        elif not self.best.over:
+            self.say(self.introduction())
         if self.engine.world.rank == 0:
             save_config(self.config, self.config.run_dir / "config.yaml")
         distributed.set_timeout(timedelta(seconds=self.config.comm_timeout))
+
+    def introduction(self) -> str:
+        """What is trained, on what, for how long, from where and to where: one line."""
+        config, engine, world, source = self.config, self.engine, self.engine.world, self.source
+        with torch.device("meta"):  # a rank may hold a part of the parameters, or none
+            parameters = GPT(engine.model.config).num_parameters()
+        ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
+        precision = str(engine.dtype).removeprefix("torch.")
+        tokens = source.rows_per_update * source.tokens_per_row
+        start = f"random weights, seed {config.seed}" if config.init_from in (None, "none") else config.init_from
+        return (
+            f"{config.stage}: {parameters / 1e6:,.3f} M parameters, context {self.start.max_seq_len}, "
+            f"on {engine.device} in {precision}, {engine.name} on {ranks}; "
+            f"steps {self.progress.step + 1:,} to {self.total_steps:,} of {source.rows_per_update:,} rows "
+            f"(about {tokens:,.0f} tokens); from {start}; into {config.run_dir}"
+        )
 
     def end(self) -> None:
         """Say how the run ended, and what it leaves."""

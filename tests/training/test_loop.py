@@ -32,6 +32,7 @@ class Documents:
     total_rows: int = 6
     rows_per_update: int = 2
     ahead: bool = False
+    tokens_per_row: float = 3.5
     events: list = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
 
@@ -373,6 +374,20 @@ def test_lines_are_due_by_log_interval_and_the_last_step_always(make_run):
     run = make_run(Documents(total_rows=10), log_interval=2)
     run.loop()
     assert [record["step"] for record in records(run)] == [2, 4, 5]
+
+
+def test_a_run_begins_with_a_line_that_says_what_is_trained(make_run, capsys, tmp_path):
+    run = make_run(Documents(total_rows=6), max_steps=2)
+    size = run.engine.model.num_parameters() / 1e6
+    folder = tmp_path / "pretrain_32"
+    run.loop()
+    first = f"pretrain: {size:.3f} M parameters, context 8, on cpu in float32, single on 1 rank; "
+    rows = "of 2 rows (about 7 tokens); "
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"{first}steps 1 to 2 {rows}from random weights, seed 42; into {folder}"
+    )
+    make_run(Documents(total_rows=6), max_steps=3, init_from="out/wide", seed=7).loop()
+    assert f"{first}steps 3 to 3 {rows}from out/wide; into {folder}" in capsys.readouterr().err.splitlines()
 
 
 def test_what_an_objective_warns_of_is_said(make_run, capsys):
