@@ -9,6 +9,8 @@ import contextlib
 import math
 import os
 import socket
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,6 +78,36 @@ class World:
         launcher = None if "RANK" not in os.environ else "deepspeed" if "CROSS_RANK" in os.environ else "torchrun"
         local_size = read("LOCAL_WORLD_SIZE", read("LOCAL_SIZE", 1))  # the deepspeed launcher's name is the latter
         return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), local_size, launcher)
+
+
+class Silence(threading.Thread):
+    """Says that nothing was heard of the other ranks, while this process still can.
+
+    gloo raises where a rank is gone, and the loop says what that means. On GPUs a rank waits for its card, and NCCL's
+    watchdog ends the process from a thread of its own, which leaves Python no word. It counts from the start of a
+    collective and this from the last one that came through, so that this is the earlier.
+    """
+
+    def __init__(self, limit: float):
+        super().__init__(name="silence", daemon=True)
+        self.limit, self.heard = limit, time.monotonic()
+
+    def hear(self) -> None:
+        self.heard = time.monotonic()
+
+    def run(self) -> None:
+        while (left := self.heard + self.limit - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))  # the limit may be another by then
+        print(
+            f"warning: rank {os.environ.get('RANK', '0')} has heard nothing of the other ranks for {self.limit:.0f} s; "
+            "if it is ended now, one of them is gone or stuck (its own last lines say why): the newest checkpoint "
+            "stands, and the same command goes on from it",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+SILENCE = Silence(PREPARATION.total_seconds())  # started with the first process group that uses NCCL
 
 
 def pick_device(name: str, world: World) -> torch.device:
@@ -194,6 +226,8 @@ def start(world: World, device: torch.device, seconds: float = FIRST_CONTACT) ->
             if world.size > world.local_size:
                 advice += "; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where nodes may come and go"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
+        if device.type == "cuda" and not SILENCE.is_alive():
+            SILENCE.start()
         barrier(device)
     except KeyError as error:
         raise ValueError(
@@ -225,6 +259,8 @@ def wait_for_listener(host: str, port: int, seconds: float) -> None:
 
 def set_timeout(limit: timedelta) -> None:
     """How long a collective may wait for another rank, from here on, in all groups of ranks there are."""
+    SILENCE.limit = limit.total_seconds()
+    SILENCE.hear()
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(limit, group)
@@ -236,7 +272,9 @@ def sum_over_ranks(values: list[float], device: torch.device, group: dist.Proces
         return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total, group=group)
-    return total.tolist()
+    sums = total.tolist()
+    SILENCE.hear()
+    return sums
 
 
 def gather(value: T) -> list[T]:
@@ -245,6 +283,7 @@ def gather(value: T) -> list[T]:
         return [value]
     everywhere: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(everywhere, value)
+    SILENCE.hear()
     return everywhere
 
 
@@ -273,5 +312,6 @@ def check_agreement(values: dict[str, object]) -> None:
 
 
 def stop() -> None:
+    SILENCE.limit = math.inf
     if dist.is_initialized():
         dist.destroy_process_group()

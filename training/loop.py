@@ -196,8 +196,8 @@ class Run:
         config, step, total_steps = self.config, self.progress.step, self.total_steps
         if step < total_steps and self.best.over:
             self.say(
-                f"ended at step {step} of {total_steps}: {self.progress.waited} validations in a row were no better "
-                f"than {self.best}; a larger --patience goes on"
+                f"ended at step {step} of {total_steps} by --patience {config.patience}: none since was better than "
+                f"{self.best}; a larger --patience goes on"
             )
         elif step < total_steps:
             self.say(f"stopped at step {step} of {total_steps}; the same command continues from here")

@@ -2,11 +2,12 @@
 
 import math
 import os
+import time
 
 import pytest
 import torch
 
-from training.distributed import World, cpu_quota, cpu_threads, pick_device
+from training.distributed import Silence, World, cpu_quota, cpu_threads, pick_device
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,23 @@ def test_a_process_started_by_hand_is_alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert World.from_environment() == World() == World(0, 1, 0, 1, None, 1)
+
+
+# Contact --------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_hears_nothing_says_so_before_its_limit_ends_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    silence = Silence(limit=0.8)
+    silence.start()
+    for _ in range(3):
+        time.sleep(0.3)
+        silence.hear()
+    assert silence.is_alive() and capsys.readouterr().err == ""
+    silence.join(5)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: rank 3 has heard nothing of the other ranks for 1 s; if it is ended now, one of")
+    assert "the same command goes on from it" in line
 
 
 # Devices and threads --------------------------------------------------------------------------------------------

@@ -424,7 +424,7 @@ def test_patience_ends_a_run_that_gains_nothing_and_leaves_the_best_and_the_last
     said = capsys.readouterr().err.splitlines()
     assert f"{best} is the best so far: kept in {folder}/best" in said
     ending = [
-        f"ended at step 5 of 10: 3 validations in a row were no better than {best}; a larger --patience goes on",
+        f"ended at step 5 of 10 by --patience 3: none since was better than {best}; a larger --patience goes on",
         f"model folder: {folder}",
         f"best model: {folder}/best ({best})",
     ]
