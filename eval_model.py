@@ -28,7 +28,7 @@ from evaluation import Result, score_file
 from model import GPT, GPTConfig, load_config, load_pretrained
 from model.generate import check_arguments
 from serving import ContextFull, Notice, Sampling, Session
-from training.config import SHAPE_FLAGS, Config, Parser, convert, plain, rules
+from training.config import SHAPE_FLAGS, Config, Parser, convert, model_folder, plain, rules, stage_of
 from training.distributed import World, pick_device, pick_dtype
 from training.names import flags_among, unknown_names
 from training.objectives import STAGES
@@ -80,11 +80,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     # 3. Score, answer once, or talk
     if arguments.score:
-        reference = load_pretrained(arguments.reference, device, dtype) if arguments.reference else None
+        reference = None
+        if arguments.reference:
+            reference = load_pretrained(model_folder(arguments.reference, arguments.out_dir), device, dtype)
         score(model, tokenizer, reference, arguments)
         return
     check_arguments(model, [[0]], **sampling(arguments))
-    raw = arguments.raw or folder.name.startswith("pretrain_") or not tokenizer.has_chat_template
+    raw = arguments.raw or stage_of(folder) == "pretrain" or not tokenizer.has_chat_template
     session = Session(model, tokenizer, sampling(arguments), arguments.seed, arguments.system, raw, notice=tell)
     if arguments.prompt is not None:
         show(session, arguments.prompt)
@@ -105,8 +107,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     which = parser.add_argument_group("which model")
     which.add_argument("--model_mode", type=int, choices=(0, 1, 2), default=1, help="0 pretrain, 1 full_sft, 2 dpo [1]")
-    which.add_argument("--out_dir", default="out", help="where run folders {stage}_{dim} live [out]")
-    which.add_argument("--model", metavar="FOLDER", help="open this folder instead: ours, or any Llama or Qwen3 one")
+    which.add_argument("--out_dir", default="out", help="where run folders live [out]")
+    which.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="open this instead: a run in out_dir by its name, or any Llama or Qwen3 folder",
+    )
     add_shapes(which, parser.add_argument_group("shape, checked against the folder's config.json"))
     which.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     which.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[auto]")
@@ -156,12 +162,13 @@ def add_shapes(which: argparse._ArgumentGroup, checked: argparse._ArgumentGroup)
 def find_folder(arguments: argparse.Namespace) -> Path:
     """The model folder that the flags mean. Raises FileNotFoundError with what to run or to give."""
     if arguments.model:
-        return Path(arguments.model)
+        return model_folder(arguments.model, arguments.out_dir)
     out_dir, stage = Path(arguments.out_dir), list(STAGES)[arguments.model_mode]
-    trained = {p.parent for p in out_dir.glob("*/model.safetensors") if re.fullmatch(r"[a-z_]+_\d+", p.parent.name)}
+    trained = {p.parent for p in out_dir.glob("*/model.safetensors")}
     wanted = out_dir / f"{stage}_{arguments.dim or '*'}"
+    name = re.compile(rf"{stage}_{arguments.dim or r'[0-9]+'}")
     found = sorted(
-        (p for p in trained if p.match(wanted.name)), key=lambda p: (p / "model.safetensors").stat().st_mtime
+        (p for p in trained if name.fullmatch(p.name)), key=lambda p: (p / "model.safetensors").stat().st_mtime
     )
     if found:
         return found[-1]
@@ -170,7 +177,7 @@ def find_folder(arguments: argparse.Namespace) -> Path:
     raise FileNotFoundError(
         f"{wanted}/model.safetensors is not there (models in {out_dir}: {there}): run "
         f"`python {STAGES[stage].script}{dim}` first, or give another --model_mode (0 pretrain, 1 full_sft, 2 dpo), "
-        "--dim or --out_dir, or --model FOLDER"
+        "--dim or --out_dir, or --model FOLDER_OR_RUN"
     )
 
 

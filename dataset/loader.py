@@ -240,6 +240,11 @@ class Loader:
     def rows_per_epoch(self) -> int:
         return len(self.rows)
 
+    @property
+    def tokens_per_row(self) -> float:
+        """Real (non-padding) tokens of a row, on average."""
+        return self.rows.packing.capacity * self.rows.packing.efficiency
+
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers of one epoch, (len(rows),)."""
         if not self.shuffle:

@@ -123,7 +123,7 @@ def summed_nll(model: GPT, sequences: Sequence[Labelled], batch_size: int) -> Te
             pad_sequence([sequences[i][field] for i in numbers], batch_first=True, padding_value=padding).to(device)
             for field, padding in ((0, 0), (1, IGNORE))
         )
-        sums[numbers] = model(input_ids, labels=labels).double().sum(-1).cpu()
+        sums[numbers] = model(input_ids, labels=labels).cpu().double().sum(-1)  # Apple's GPUs have no float64
     return sums
 
 

@@ -21,6 +21,8 @@ from serving import Session
 from tests.dataset.foreign import CHATML, make_foreign_folder
 from tests.helpers import ROOT
 from tests.memorised import CALL, CONVERSATIONS, make_memorised, user
+from training import PretrainConfig
+from training.config import save_config
 
 GREEDY = {"max_new_tokens": 40, "temperature": 0.0}
 
@@ -66,6 +68,15 @@ def test_the_newest_folder_of_the_stage_is_opened(out, tmp_path, capsys):
     assert f"{tmp_path}/full_sft_48: " in run(capsys, *flags, "--dim", 48)[2]
     assert f"{tmp_path}/dpo_48: " in run(capsys, *flags, "--model_mode", 2)[2]
     assert f"{tmp_path}/full_sft_48_backup: " in run(capsys, *flags, "--model", tmp_path / "full_sft_48_backup")[2]
+
+
+def test_a_run_is_opened_by_its_name_and_listed_where_another_is_missing(out, tmp_path, capsys):
+    copy(out / "full_sft_48", tmp_path / "wide")
+    copy(out / "full_sft_48", tmp_path / "wide/best")
+    flags = ["--out_dir", tmp_path, "--prompt", "Who are you?"]
+    assert f"{tmp_path}/wide: " in run(capsys, *flags, "--model", "wide")[2]
+    assert f"{tmp_path}/wide/best: " in run(capsys, *flags, "--model", "wide/best")[2]
+    assert f"models in {tmp_path}: wide)" in run(capsys, *flags)[2]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +165,10 @@ def test_a_pretrained_model_continues_text(out, tmp_path, capsys, monkeypatch):
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     expected = tokenizer.decode(ids[-5:], skip_control=False).partition("</s>")[0].partition("<|end|>")[0]
     flags = ["--temperature", 0, "--max_new_tokens", 5]
-    for which in (["--model_mode", 0, "--out_dir", tmp_path], ["--raw", "--out_dir", out]):
+    copy(tmp_path / "pretrain_48", tmp_path / "named")
+    save_config(PretrainConfig(run_name="named"), tmp_path / "named/config.yaml")
+    here = ["--out_dir", tmp_path]
+    for which in (["--model_mode", 0, *here], ["--model", "named", *here], ["--raw", "--out_dir", out]):
         stdin = "Once upon a time\n" * 2
         _, stdout, _ = run(capsys, *which, *flags, stdin=stdin, monkeypatch=monkeypatch)
         assert stdout == (expected + "\n") * 2

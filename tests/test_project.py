@@ -86,7 +86,7 @@ def test_a_readme_names_flags_and_files_that_exist(name: str) -> None:
     sources = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
     theirs = {flag for path in sources for flag in re.findall(r"\"--(\w+)\"", path.read_text(encoding="utf-8"))}
     launchers = {"nproc_per_node", "nnodes", "max_restarts", "master_port", "num_gpus", "help", "config"}
-    assert set(re.findall(r"(?<![\w-])--(\w+)", text)) <= TRAINING | theirs | launchers | {"run_name"}
+    assert set(re.findall(r"(?<![\w-])--(\w+)", text)) <= TRAINING | theirs | launchers
     for link in re.findall(r"\]\(([^)#]+)", text):
         assert "://" in link or (ROOT / link).exists(), link
 

@@ -11,6 +11,7 @@ What all stages share stands here; what one stage has of its own stands beside i
 
 import argparse
 import difflib
+import re
 import sys
 import types
 import typing
@@ -23,6 +24,7 @@ import yaml
 from training.names import flags_among, unknown_names
 
 SAMPLE = str(Path(__file__).parent.parent / "dataset" / "sample")
+BEST = "best"  # the folder, within a run's, of the best model so far
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,14 @@ class Config:
         "stop", "what to do about a row that cannot be used; skipped ones are counted and listed", "files"
     )
     cache_dir: str = flag(".cache/seedling", "where tokenized data is kept", "files", by_node=True)
-    out_dir: str = flag("out", "run folders {stage}_{dim} live here", "files", by_node=True)
-    init_from: str | None = flag(None, "model folder to start from, or none for random weights", "files", by_node=True)
+    out_dir: str = flag("out", "run folders live here", "files", by_node=True)
+    run_name: str | None = flag(None, "name of this run's folder in out_dir; by default {stage}_{dim}", "files")
+    init_from: str | None = flag(
+        None,
+        "model folder to start from, or the name of a run in out_dir, or none for random weights",
+        "files",
+        by_node=True,
+    )
     tokenizer: str | None = flag(
         None, "folder of the tokenizer; by default the one of init_from, else the shipped one", "files", by_node=True
     )
@@ -195,6 +203,15 @@ class Config:
     eval_rows: int = flag(512, "packed rows a validation looks at, at most (0: all)", "reporting", at_least=0)
     save_interval: int = flag(500, "steps between checkpoints (0: only at the end)", "reporting", at_least=0)
     keep_last: int = flag(2, "checkpoints kept", "reporting", at_least=1)
+    keep_best: str | None = flag(
+        None,
+        "keep the best model too, in the run's folder best: by val_loss, val_bpb, val_reward_accuracy ...",
+        "reporting",
+        resume="note",
+    )
+    patience: int = flag(
+        0, "end after so many validations in a row without a gain by keep_best (0: off)", "reporting", at_least=0
+    )
     async_save: bool = flag(False, "write checkpoints while training goes on", "reporting")
     sample_interval: int = flag(0, "steps between samples (0: none)", "reporting", at_least=0)
     sample_prompt: str | None = flag(None, "what samples begin with, or answer", "reporting")
@@ -205,18 +222,44 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.out_dir) / f"{self.stage}_{self.dim}"
+        return Path(self.out_dir) / (self.run_name or f"{self.stage}_{self.dim}")
 
     def check(self) -> None:
         """Raise ValueError for a value out of its range, and for flags that contradict each other."""
         for name, rule in rules(self).items():
             if getattr(self, name) is not None:
                 rule.check(name, getattr(self, name))
+        if self.run_name is not None and (
+            self.run_name in ("", ".", "..", "none") or re.search(r"[/\\]", self.run_name)
+        ):
+            raise ValueError(
+                f"--run_name is {self.run_name!r}; it must be the name of one folder in --out_dir, "
+                "without / and \\, and not none, which --init_from has for random weights"
+            )
+        self.check_keep_best()
         if self.global_batch_size and self.accumulation_steps != 1:
             raise ValueError(
                 f"--global_batch_size {self.global_batch_size} sets the accumulation, "
                 f"--accumulation_steps {self.accumulation_steps} contradicts it; give one of them"
             )
+
+    def check_keep_best(self) -> None:
+        """Raise ValueError for flags that leave nothing to tell the best model by."""
+        if self.keep_best is None:
+            if self.patience:
+                raise ValueError(
+                    f"--patience {self.patience} needs --keep_best METRIC (val_loss, say), which tells what a gain is"
+                )
+            return
+        for name, missing in (
+            ("--val_fraction 0", not self.val_fraction and not self.val_path),
+            ("--eval_interval 0", not self.eval_interval),
+        ):
+            if missing:
+                raise ValueError(
+                    f"--keep_best {self.keep_best} compares validations on the way, and {name} makes none; "
+                    "leave one of the two out"
+                )
 
 
 SHAPE_FLAGS = tuple(name for name, rule in rules(Config).items() if rule.shape)
@@ -353,7 +396,32 @@ def convert(value: Any, kind: Any, name: str) -> Any:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the config as YAML that --config takes."""
+    """Write the config as YAML that --config takes. Its first line says the stage, for `stage_of`."""
     content = {name: value for name, value in asdict(config).items() if value is not None}
     header = f"# python train_{config.stage}.py --config {path}\n"
     path.write_text(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def stage_of(folder: Path) -> str | None:
+    """The stage that made a model folder, by the config.yaml of its run or else by its name; None where neither says.
+
+    stage_of(Path("out/pretrain_512"))  -> "pretrain"
+    stage_of(Path("out/wide"))          -> "pretrain", where its config.yaml begins with `# python train_pretrain.py`
+    """
+    folder = folder.resolve()
+    run = folder.parent if folder.name == BEST else folder
+    path = run / "config.yaml"
+    header = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
+    found = re.match(r"# python train_(\w+)\.py ", header) or re.fullmatch(r"([a-z_]+)_\d+", run.name)
+    return found[1] if found else None
+
+
+def model_folder(name: str, out_dir: str) -> Path:
+    """A model folder by its path, or by the name of its run in out_dir. Raises FileNotFoundError where neither is."""
+    for folder in (Path(name), Path(out_dir) / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"{name}: no such folder, here or in {out_dir}; expected a model folder (with config.json and "
+        "model.safetensors), or the name of a run"
+    )

@@ -5,11 +5,16 @@ LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them there is one process. What
 gradients (sums, any value, a barrier) is here too, and costs one process nothing.
 """
 
+import contextlib
+import math
 import os
 import socket
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -75,6 +80,36 @@ class World:
         return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), local_size, launcher)
 
 
+class Silence(threading.Thread):
+    """Says that nothing was heard of the other ranks, while this process still can.
+
+    gloo raises where a rank is gone, and the loop says what that means. On GPUs a rank waits for its card, and NCCL's
+    watchdog ends the process from a thread of its own, which leaves Python no word. It counts from the start of a
+    collective and this from the last one that came through, so that this is the earlier.
+    """
+
+    def __init__(self, limit: float):
+        super().__init__(name="silence", daemon=True)
+        self.limit, self.heard = limit, time.monotonic()
+
+    def hear(self) -> None:
+        self.heard = time.monotonic()
+
+    def run(self) -> None:
+        while (left := self.heard + self.limit - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))  # the limit may be another by then
+        print(
+            f"warning: rank {os.environ.get('RANK', '0')} has heard nothing of the other ranks for {self.limit:.0f} s; "
+            "if it is ended now, one of them is gone or stuck (its own last lines say why): the newest checkpoint "
+            "stands, and the same command goes on from it",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+SILENCE = Silence(PREPARATION.total_seconds())  # started with the first process group that uses NCCL
+
+
 def pick_device(name: str, world: World) -> torch.device:
     """auto: this rank's GPU, else Apple's, else the CPU. Raises ValueError for one that is not there."""
     if name == "auto":
@@ -89,6 +124,11 @@ def pick_device(name: str, world: World) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from None
+    if device.index is not None and world.local_size > 1:
+        raise ValueError(
+            f"--device {name} is one device, and {world.local_size} processes run on this node; give --device "
+            f"{device.type}, and each takes its own (CUDA_VISIBLE_DEVICES says which they may choose from)"
+        )
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
@@ -102,13 +142,49 @@ def pick_device(name: str, world: World) -> torch.device:
             )
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        # torchrun sets one thread a process, which leaves a single process on a big machine idle
-        torch.set_num_threads(
-            max(1, len(os.sched_getaffinity(0)) // world.local_size)
-            if hasattr(os, "sched_getaffinity")
-            else max(1, (os.cpu_count() or 1) // world.local_size)
-        )
+        torch.set_num_threads(cpu_threads(world))
     return device
+
+
+def cpu_threads(world: World) -> int:
+    """Threads of this process: what OMP_NUM_THREADS says, else its share of the cores.
+
+    A 1 under torchrun is nobody's wish: torchrun sets it where it is not set, which would leave cores idle.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list has a number for each nested level
+    if given.isdecimal() and int(given) and not (given == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        return int(given)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # rounded down: threads wait for each other, and all would wait for one that the quota holds back
+    return max(1, int(min(cores, cpu_quota())) // world.local_size)
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Cores that the control groups of this process (a container's) let it use; infinite where they set no limit."""
+    quota = math.inf
+    memberships = root / "proc/self/cgroup"
+    for line in memberships.read_text().splitlines() if memberships.is_file() else []:
+        _, controllers, group = line.split(":", 2)  # version 2 names no controllers
+        top = root / "sys/fs/cgroup" / controllers
+        folder = top / group.lstrip("/")
+        # a limit above holds as well; within a container the path may be the host's, and only the top be there
+        for level in (folder, *folder.parents):
+            quota = min(quota, group_quota(level))
+            if level == top:
+                break
+    return quota
+
+
+def group_quota(folder: Path) -> float:
+    """Cores one control group may use: `cpu.max` holds "200000 100000" in version 2, two files in version 1."""
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" and -1 are no limit
+        if (folder / "cpu.max").is_file():
+            used, period = map(int, (folder / "cpu.max").read_text().split())
+        else:
+            used, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        if used > 0:
+            return used / period
+    return math.inf
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -150,6 +226,8 @@ def start(world: World, device: torch.device, seconds: float = FIRST_CONTACT) ->
             if world.size > world.local_size:
                 advice += "; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where nodes may come and go"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=limit)
+        if device.type == "cuda" and not SILENCE.is_alive():
+            SILENCE.start()
         barrier(device)
     except KeyError as error:
         raise ValueError(
@@ -181,6 +259,8 @@ def wait_for_listener(host: str, port: int, seconds: float) -> None:
 
 def set_timeout(limit: timedelta) -> None:
     """How long a collective may wait for another rank, from here on, in all groups of ranks there are."""
+    SILENCE.limit = limit.total_seconds()
+    SILENCE.hear()
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(limit, group)
@@ -192,7 +272,9 @@ def sum_over_ranks(values: list[float], device: torch.device, group: dist.Proces
         return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total, group=group)
-    return total.tolist()
+    sums = total.tolist()
+    SILENCE.hear()
+    return sums
 
 
 def gather(value: T) -> list[T]:
@@ -201,6 +283,7 @@ def gather(value: T) -> list[T]:
         return [value]
     everywhere: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(everywhere, value)
+    SILENCE.hear()
     return everywhere
 
 
@@ -229,5 +312,6 @@ def check_agreement(values: dict[str, object]) -> None:
 
 
 def stop() -> None:
+    SILENCE.limit = math.inf
     if dist.is_initialized():
         dist.destroy_process_group()

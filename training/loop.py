@@ -24,8 +24,9 @@ import torch
 from dataset import render_chat
 from dataset.batch import Batch
 from dataset.forms import start_document
-from model import generate
+from model import GPT, generate
 from training import checkpoint, distributed
+from training.best import Best, check_keep_best
 from training.config import save_config
 from training.engines.contract import Engine, Totals
 from training.metrics import Metrics, Record, peak_flops, peak_memory_mb
@@ -48,6 +49,10 @@ class Source(Protocol):
     @property
     def rows_per_epoch(self) -> int: ...
 
+    @property
+    def tokens_per_row(self) -> float:
+        """Real (non-padding) tokens of a row, on average."""
+
     def update(self, position: int) -> list[Batch]:
         """This rank's micro-batches of the update that begins at a position."""
 
@@ -66,6 +71,7 @@ def train(
     Raises ValueError for a checkpoint of another identity, and after several non-finite updates in a row.
     """
     config, first = start.config, engine.world.rank == 0
+    check_keep_best(config, objective, held_out is not None)
     checkpoint.share_folder(engine, config.run_dir)
     # dropout differs between ranks; nothing random before this counts
     torch.manual_seed(config.seed + engine.world.rank)
@@ -124,7 +130,10 @@ class Run:
     def __post_init__(self) -> None:
         self.config, self.tokenizer, self.say = self.start.config, self.start.tokenizer, self.metrics.print
         self.flops_per_token = self.engine.model.config.flops_per_token(self.start.max_seq_len)
-        self.peak_flops = peak_flops(self.engine.device, self.engine.dtype) * self.engine.world.size
+        # a CPU has no peak to speak of: the rate of a product depends on its size, its threads, and who else is there
+        gpu = self.engine.device.type != "cpu"
+        self.peak_flops = peak_flops(self.engine.device, self.engine.dtype) * self.engine.world.size if gpu else None
+        self.best = Best(self.engine, self.config, self.tokenizer, self.progress, self.say)
         self.bad_updates = 0
         self.window = Window()
 
@@ -133,7 +142,7 @@ class Run:
         self.begin()
         with StopSignals() as stop, Upcoming(self.source, self.total_steps - progress.step) as upcoming:
             self.window.start()
-            while progress.step < self.total_steps:
+            while progress.step < self.total_steps and not self.best.over:
                 micro_batches = upcoming.take(progress.position)
                 rate = learning_rate(progress.step, self.total_steps, config)
                 totals = engine.forward_backward(micro_batches, self.objective)
@@ -152,10 +161,7 @@ class Run:
                 if due(progress.step, config.save_interval) and progress.step < self.total_steps:
                     saver.save(progress, last=False)
             saver.save(progress)  # in here: a second signal while it writes must not cost it
-        if progress.step < self.total_steps:
-            self.say(f"stopped at step {progress.step} of {self.total_steps}; the same command continues from here")
-        else:
-            self.say(f"model folder: {config.run_dir}")
+        self.end()
 
     def begin(self) -> None:
         if self.progress.step >= self.total_steps:
@@ -163,9 +169,42 @@ class Run:
                 f"this run is complete at step {self.progress.step}; raise --epochs or --max_steps to go on, "
                 "or start over with --resume none"
             )
+        elif not self.best.over:
+            self.say(self.introduction())
         if self.engine.world.rank == 0:
             save_config(self.config, self.config.run_dir / "config.yaml")
         distributed.set_timeout(timedelta(seconds=self.config.comm_timeout))
+
+    def introduction(self) -> str:
+        """What is trained, on what, for how long, from where and to where: one line."""
+        config, engine, world, source = self.config, self.engine, self.engine.world, self.source
+        with torch.device("meta"):  # a rank may hold a part of the parameters, or none
+            parameters = GPT(engine.model.config).num_parameters()
+        ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
+        precision = str(engine.dtype).removeprefix("torch.")
+        tokens = source.rows_per_update * source.tokens_per_row
+        start = f"random weights, seed {config.seed}" if config.init_from in (None, "none") else config.init_from
+        return (
+            f"{config.stage}: {parameters / 1e6:,.3f} M parameters, context {self.start.max_seq_len}, "
+            f"on {engine.device} in {precision}, {engine.name} on {ranks}; "
+            f"steps {self.progress.step + 1:,} to {self.total_steps:,} of {source.rows_per_update:,} rows "
+            f"(about {tokens:,.0f} tokens); from {start}; into {config.run_dir}"
+        )
+
+    def end(self) -> None:
+        """Say how the run ended, and what it leaves."""
+        config, step, total_steps = self.config, self.progress.step, self.total_steps
+        if step < total_steps and self.best.over:
+            self.say(
+                f"ended at step {step} of {total_steps} by --patience {config.patience}: none since was better than "
+                f"{self.best}; a larger --patience goes on"
+            )
+        elif step < total_steps:
+            self.say(f"stopped at step {step} of {total_steps}; the same command continues from here")
+            return
+        self.say(f"model folder: {config.run_dir}")
+        if self.best.kept:
+            self.say(f"best model: {self.best.folder} ({self.best})")
 
     def count(self, micro_batches: list[Batch], stop: bool) -> "Seen":
         """What this update was made of, and what any rank was asked meanwhile; one sum tells all ranks the same."""
@@ -215,6 +254,8 @@ class Run:
             self.metrics.log(record)
             for warning in self.objective.warnings(record):
                 self.say(f"warning: {warning}")
+            if evaluate and self.held_out:
+                self.best.see(record)
             self.window.start()
         else:
             self.metrics.advance(progress.step)
@@ -232,8 +273,9 @@ class Run:
         record: Record = {"step": progress.step, "epoch": progress.position / self.source.rows_per_epoch}
         record |= {name: value for name, value in learnt.items() if name not in self.objective.only_held_out}
         record |= {"lr": rate, "grad_norm": norm, "tokens": progress.tokens, "tokens_per_second": speed}
-        record |= {"mfu": speed * self.flops_per_token / self.peak_flops, "seconds": progress.seconds}
-        record["memory_mb"] = peak_memory_mb(self.engine.device)
+        if self.peak_flops is not None:
+            record["mfu"] = speed * self.flops_per_token / self.peak_flops
+        record |= {"seconds": progress.seconds, "memory_mb": peak_memory_mb(self.engine.device)}
         if unit:
             record[f"{unit}_per_second"] = window.weight / max(seconds, 1e-9)
         return record

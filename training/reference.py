@@ -6,7 +6,9 @@ It is two more columns of the batch, so that the loss is a pure function of tens
 """
 
 import copy
+import json
 import os
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +22,20 @@ from training.config import Config
 from training.engines.contract import Engine
 from training.objectives import answer_logps
 
+VERSION = 1  # raise it when the same model and pairs give other numbers, so that old caches are left alone
+
 
 def fill_reference(rows: Rows, engine: Engine, config: Config, start_hash: str) -> None:
     """Log-probabilities of every answer under the model as it stands: the starting model, of weights with this hash.
 
-    All ranks share the work. The cache is keyed by the model's weights, the data, and the precision (in which engines
-    differ where it is not float32).
+    All ranks share the work. The cache is keyed by the model (weights and config), the data, the precision (in which
+    engines differ where it is not float32) and the version of this code.
     """
     assert isinstance(rows, PairRows)
     precision = "float32" if engine.dtype == torch.float32 else f"{engine.dtype} {engine.name}"
-    key = xxhash.xxh3_64_hexdigest(f"{start_hash} {rows.encoded.fingerprint} {precision}".encode())
+    shape = json.dumps(engine.model.config.to_hf(), sort_keys=True)  # equal weights turn by other angles elsewhere
+    made_of = f"{VERSION} {start_hash} {shape} {rows.encoded.fingerprint} {precision}"
+    key = xxhash.xxh3_64_hexdigest(made_of.encode())
     path = Path(config.cache_dir) / f"reference-{key}.pt"
     cached = torch.load(path, weights_only=True).numpy() if path.is_file() else None
     if all(engine.gather(cached is not None)) and cached is not None:
@@ -37,7 +43,8 @@ def fill_reference(rows: Rows, engine: Engine, config: Config, start_hash: str) 
         return
     rows.reference = compute_reference(rows, engine, config.batch_size)
     if engine.world.rank == 0:
-        part = path.with_name(path.name + ".part")
+        # a name of its own: another run may be writing the same file
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         torch.save(torch.from_numpy(rows.reference), part)
         os.replace(part, path)
 
@@ -53,6 +60,6 @@ def compute_reference(rows: PairRows, engine: Engine, batch_size: int) -> np.nda
         for batch in loader.update(position):
             assert isinstance(batch, PairBatch)
             batch = batch.to(engine.device)
-            logps[batch.pair_ids] = answer_logps(engine.per_place(batch), batch).double().cpu()
+            logps[batch.pair_ids] = answer_logps(engine.per_place(batch), batch).cpu().double()  # MPS: no float64
     total = engine.sum_over_ranks((logps / world.model_size).flatten().tolist())
     return torch.tensor(total).view_as(logps).float().numpy()

@@ -34,6 +34,11 @@ class Progress:
     position: int = 0  # rows seen, over all ranks and epochs
     tokens: int = 0  # supervised tokens seen
     seconds: float = 0.0  # spent training, over all resumed parts
+    # of the model kept by --keep_best; the metric is None while there is none
+    best_metric: str | None = None
+    best_step: int = 0
+    best_value: float = 0.0
+    waited: int = 0  # validations without a gain since then
 
 
 def noted(config: Config, engine: Engine, rows_per_update: int) -> Settings:

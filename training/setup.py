@@ -21,7 +21,7 @@ from model.folder import folder_weights
 from model.folder import load_config as load_model_config
 from model.gpt import fresh_weights
 from training import distributed
-from training.config import SHAPE_FLAGS, Config, load_config, rules
+from training.config import SHAPE_FLAGS, Config, load_config, model_folder, rules
 from training.distributed import World
 from training.engines import Machine, Weights, engine_name
 from training.objectives import STAGES
@@ -84,7 +84,7 @@ def starting_model(asked: C) -> Start[C]:
     Raises FileNotFoundError where the model of the stage before is missing, and ValueError where a shape flag
     contradicts the folder or the vocabulary is smaller than the tokenizer's.
     """
-    init = asked.init_from or starting_folder(asked)
+    init = starting_folder(asked)
     tokenizer = load_tokenizer(asked.tokenizer or (DEFAULT_TOKENIZER if init == "none" else init))
     if init == "none":
         given = {name: getattr(asked, name) for name in (*SHAPE_FLAGS, "max_seq_len")}
@@ -111,14 +111,16 @@ def starting_model(asked: C) -> Start[C]:
 
 
 def starting_folder(config: Config) -> str:
-    """Where a stage starts if --init_from does not say: none, or the folder of the stage before."""
-    if config.previous is None:
+    """Where a run starts: none, a folder, or a run by its name; if --init_from does not say, from the stage before."""
+    if config.init_from == "none" or (config.init_from is None and config.previous is None):
         return "none"
+    if config.init_from is not None:
+        return str(model_folder(config.init_from, config.out_dir))
     folder = Path(config.out_dir) / f"{config.previous}_{config.dim or GPTConfig.dim}"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} is not there: run train_{config.previous}.py first, "
-            "or give the model to start from with --init_from FOLDER"
+            "or give the model to start from with --init_from FOLDER_OR_RUN"
         )
     return str(folder)
 

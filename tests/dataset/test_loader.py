@@ -80,6 +80,7 @@ def test_pairs_without_a_reference_refuse_to_be_a_batch():
 def test_pairs_by_hand():
     rows = pair_rows()
     assert len(rows) == 2  # 4 + 5 and 3 + 3 places of 12
+    assert Loader(rows, batch_size=1).tokens_per_row == pytest.approx(7.5)
     batch = rows.collate([0, EMPTY_ROW, 1])
     assert batch.input_ids.tolist() == [
         [1, 5, 6, 20, 1, 5, 6, 30, 31, PAD, PAD, PAD],

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.helpers import ROOT, TINY, environment, free_port, launched, losses, make_data, run, train_here
+from tests.helpers import ROOT, TINY, environment, free_port, launched, losses, make_data, run, train_here, train_many
+
+WEIGHTS = "model.safetensors"
 
 
 def flags_of(folder: Path, out: Path) -> list[str]:
@@ -89,6 +93,28 @@ def test_ranks_stay_equal_reduce_once_an_update_and_skip_a_bad_one(ranks: dict[s
 def test_ranks_that_hold_one_model_between_them_do_not_divide_the_data(ranks: dict[str, Any], engine: str) -> None:
     """One micro-batch of 32 labels on rank 0, two on rank 1; nothing is summed over the two."""
     assert ranks[f"{engine}, one model on two ranks"]["weights"] == [32, 64]
+
+
+def test_ranks_agree_on_the_best_model_whoever_holds_its_weights(tmp_path: Path) -> None:
+    """Every validation is better than the one before, so that the best model is the last one."""
+    engines = {
+        "fsdp": ["--engine", "fsdp", "--async_save", "--save_interval", 2],
+        "zero3": ["--engine", "deepspeed", "--zero_stage", 3],
+    }
+    keep = ["--keep_best", "val_loss", "--patience", 2, "--eval_interval", 2, "--eval_rows", 4, "--val_fraction", 0.2]
+    runs = [
+        ("pretrain", [*flags_of(tmp_path, tmp_path), *keep, "--run_name", name, *engines[name]]) for name in engines
+    ]
+    said = train_many(tmp_path, runs)
+    for name in engines:
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        values = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
+        assert len(values) > 1 and list(values.values()) == sorted(values.values(), reverse=True)
+        found = json.loads((tmp_path / name / "best/best.json").read_text())
+        assert (found["step"], found["value"]) == (max(values), min(values.values()))
+        last, best = load_file(tmp_path / name / WEIGHTS), load_file(tmp_path / name / "best" / WEIGHTS)
+        assert all(torch.equal(last[key], best[key]) for key in last)
+        assert f"val_loss {found['value']:.4f} of step {found['step']} is the best so far: kept in" in said
 
 
 def test_a_saved_config_runs_again_and_gives_the_same_losses(tmp_path: Path) -> None:

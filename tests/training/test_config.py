@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import ROOT
 from training import STAGES, DPOConfig, PretrainConfig, SFTConfig, load_config
-from training.config import SHAPE_FLAGS, Rule, rules, save_config
+from training.config import BEST, SHAPE_FLAGS, Rule, rules, save_config, stage_of
 
 
 def load(*argv: str, cls=PretrainConfig):
@@ -79,6 +79,26 @@ def test_a_bad_value_is_named_on_the_command_line_and_in_a_file(recipe, name, va
 def test_beta_must_be_positive():
     with pytest.raises(ValueError, match="--beta is 0.0; it must be more than 0"):
         load("--beta", "0", cls=DPOConfig)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--patience", "3"], "--patience 3 needs --keep_best METRIC"),
+        (
+            ["--keep_best", "val_loss", "--val_fraction", "0"],
+            "--keep_best val_loss compares .*--val_fraction 0 makes none",
+        ),
+        (
+            ["--keep_best", "val_loss", "--eval_interval", "0"],
+            "--keep_best val_loss compares .*--eval_interval 0 makes",
+        ),
+    ],
+)
+def test_a_best_model_that_nothing_could_tell_is_refused(argv, message):
+    with pytest.raises(ValueError, match=message):
+        load(*argv)
+    assert load("--keep_best", "val_loss", "--val_fraction", "0", "--val_path", "held_out.jsonl", "--patience", "2")
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -174,6 +194,28 @@ def test_help_shows_every_flag_and_no_path_of_this_machine(capsys):
 
 def test_the_run_folder_is_named_by_stage_and_width():
     assert str(load("--dim", "768", cls=SFTConfig).run_dir) == "out/full_sft_768"
+
+
+def test_a_run_that_is_given_a_name_has_a_folder_of_that_name(recipe):
+    assert str(load("--run_name", "wide, lr 2e-3", "--out_dir", "runs").run_dir) == "runs/wide, lr 2e-3"
+    assert str(load(*recipe("run_name: 7")).run_dir) == "out/7"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "none", "a/b", "/tmp", "a\\b"])
+def test_a_run_name_that_is_no_folders_is_refused(name):
+    with pytest.raises(ValueError, match="--run_name is .*; it must be the name of one folder in --out_dir"):
+        load("--run_name", name)
+
+
+def test_the_stage_of_a_model_folder_is_what_made_it_whatever_its_name(tmp_path):
+    runs = {name: tmp_path / name for name in ("wide", "full_sft_64", "dpo_64", "elsewhere")}
+    for run in runs.values():
+        (run / BEST).mkdir(parents=True)
+    save_config(SFTConfig(run_name="wide"), runs["wide"] / "config.yaml")
+    save_config(PretrainConfig(run_name="full_sft_64"), runs["full_sft_64"] / "config.yaml")
+    expected = {"wide": "full_sft", "full_sft_64": "pretrain", "dpo_64": "dpo", "elsewhere": None}
+    assert {name: stage_of(run) for name, run in runs.items()} == expected
+    assert {name: stage_of(run / BEST) for name, run in runs.items()} == expected
 
 
 # Rules ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What our flags and a DeepSpeed file make together, and that they never say two things."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,17 @@ def test_a_flag_of_another_engine_is_refused(make_model: Any, name: str) -> None
     world = World(size=2, local_size=2, launcher="torchrun")
     with pytest.raises(ValueError, match=message):
         build_engine(make_model(), Config(**flags), Machine(world, torch.device("cpu"), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "device", "told"), [(None, "cuda:1", "1"), ("0", "cuda:1", "1"), (None, "cpu", "0")]
+)
+def test_deepspeed_is_told_the_device_that_was_asked_for(monkeypatch, launcher, device, told) -> None:
+    pytest.importorskip("deepspeed")
+    from training.engines.deepspeed import name_device
+
+    monkeypatch.setenv("LOCAL_RANK", launcher or "")  # so that what is set here is put back
+    if launcher is None:
+        monkeypatch.delenv("LOCAL_RANK")
+    name_device(torch.device(device))
+    assert os.environ["LOCAL_RANK"] == told

@@ -1,8 +1,13 @@
 """A process's place among its peers."""
 
-import pytest
+import math
+import os
+import time
 
-from training.distributed import World
+import pytest
+import torch
+
+from training.distributed import Silence, World, cpu_quota, cpu_threads, pick_device
 
 
 @pytest.mark.parametrize(
@@ -37,3 +42,105 @@ def test_a_process_started_by_hand_is_alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert World.from_environment() == World() == World(0, 1, 0, 1, None, 1)
+
+
+# Contact --------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_hears_nothing_says_so_before_its_limit_ends_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    silence = Silence(limit=0.8)
+    silence.start()
+    for _ in range(3):
+        time.sleep(0.3)
+        silence.hear()
+    assert silence.is_alive() and capsys.readouterr().err == ""
+    silence.join(5)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: rank 3 has heard nothing of the other ranks for 1 s; if it is ended now, one of")
+    assert "the same command goes on from it" in line
+
+
+# Devices and threads --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cuda:0", "cuda:1"])
+def test_one_card_for_several_ranks_of_a_node_is_refused(name):
+    message = f"--device {name} is one device, and 2 processes run on this node; give --device cuda, and each takes"
+    with pytest.raises(ValueError, match=message):
+        pick_device(name, World(0, 4, 0, 2, "torchrun"))
+
+
+@pytest.mark.parametrize(
+    ("given", "torchrun", "expected"),
+    [
+        (None, False, None),
+        ("", False, None),
+        ("1", False, 1),
+        ("3", False, 3),
+        ("3,2", False, 3),
+        ("3", True, 3),
+        ("1", True, None),  # torchrun's own, where nothing is set
+    ],
+)
+def test_threads_are_those_of_omp_num_threads_but_for_what_torchrun_sets(monkeypatch, given, torchrun, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    cores = cpu_threads(World())
+    assert 1 <= cores <= (os.cpu_count() or 1)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert cpu_threads(World()) == (expected or cores)
+    assert cpu_threads(World(local_size=10_000)) == (expected or 1)
+
+
+def test_a_cpu_gets_the_threads_of_omp_num_threads(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    try:
+        pick_device("cpu", World())
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        (None, {}, math.inf),
+        ("0::/", {}, math.inf),
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),  # a container sees itself as the top
+        ("0::/", {"cpu.max": "max 100000"}, math.inf),
+        ("0::/pod/app", {"pod/cpu.max": "200000 100000", "pod/app/cpu.max": "max 100000"}, 2),
+        ("0::/pod/app", {"pod/cpu.max": "400000 100000", "pod/app/cpu.max": "50000 100000"}, 0.5),
+        (
+            "4:cpu,cpuacct:/docker/1a\n3:memory:/docker/1a",  # the host's path, and only the top to be seen
+            {"cpu,cpuacct/cpu.cfs_quota_us": "300000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "no number", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+    ],
+)
+def test_the_quota_of_a_container_is_read_in_both_versions(tmp_path, groups, files, cores):
+    if groups is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
+    for name, content in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    assert cpu_quota(tmp_path) == cores
+
+
+def test_threads_keep_within_the_quota(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("training.distributed.cpu_quota", lambda: 0.5)
+    assert cpu_threads(World()) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr("training.distributed.cpu_quota", lambda: 4.7)
+    assert (cpu_threads(World()), cpu_threads(World(local_size=2))) == (4, 2)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dataset.batch import Batch
+from model import load_pretrained
 from training import NextToken, PretrainConfig, checkpoint, distributed
 from training.distributed import World
 from training.engines import Machine, SingleEngine
@@ -21,7 +22,7 @@ from training.setup import Start
 
 # row i is 3 + i % 4 places long, so that rows weigh differently
 ROWS = [[1, 30 + i, *range(5, 7 + i % 4)] for i in range(20)]
-EVERY_LINE = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds", "memory_mb"}
+EVERY_LINE = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "memory_mb"}
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Documents:
     total_rows: int = 6
     rows_per_update: int = 2
     ahead: bool = False
+    tokens_per_row: float = 3.5
     events: list = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
 
@@ -332,7 +334,16 @@ def test_a_line_has_its_names_and_what_is_for_held_out_rows_alone_is_in_no_other
     assert [record["epoch"] for record in found] == [0.5, 1, 1.5, 2, 2.5]  # 4 rows make an epoch
     tokens = [sum(len(ids) - 1 for ids in ROWS[: 2 * step]) for step in range(1, 6)]
     assert [record["tokens"] for record in found] == tokens
-    assert all(record["tokens_per_second"] > 0 and record["mfu"] > 0 for record in found)
+    assert all(record["tokens_per_second"] > 0 for record in found)
+
+
+def test_no_share_of_a_peak_is_reported_on_a_cpu(make_run, capsys):
+    make_run(Documents()).loop()
+    assert "MFU" not in capsys.readouterr().err
+    run = make_run(Documents(), resume="none")
+    run.peak_flops = 1e9  # as on a GPU
+    run.loop()
+    assert all(record["mfu"] > 0 for record in records(run)) and "MFU" in capsys.readouterr().err
 
 
 def test_a_line_holds_the_loss_of_its_own_update_alone(make_run):
@@ -365,6 +376,20 @@ def test_lines_are_due_by_log_interval_and_the_last_step_always(make_run):
     assert [record["step"] for record in records(run)] == [2, 4, 5]
 
 
+def test_a_run_begins_with_a_line_that_says_what_is_trained(make_run, capsys, tmp_path):
+    run = make_run(Documents(total_rows=6), max_steps=2)
+    size = run.engine.model.num_parameters() / 1e6
+    folder = tmp_path / "pretrain_32"
+    run.loop()
+    first = f"pretrain: {size:.3f} M parameters, context 8, on cpu in float32, single on 1 rank; "
+    rows = "of 2 rows (about 7 tokens); "
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"{first}steps 1 to 2 {rows}from random weights, seed 42; into {folder}"
+    )
+    make_run(Documents(total_rows=6), max_steps=3, init_from="out/wide", seed=7).loop()
+    assert f"{first}steps 3 to 3 {rows}from out/wide; into {folder}" in capsys.readouterr().err.splitlines()
+
+
 def test_what_an_objective_warns_of_is_said(make_run, capsys):
     class Worried(Noted):
         def warnings(self, record):
@@ -373,6 +398,71 @@ def test_what_an_objective_warns_of_is_said(make_run, capsys):
     make_run(Documents(), Worried()).loop()
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert told == ["warning: loss True at step 2"]
+
+
+# The best model -------------------------------------------------------------------------------------------------
+
+
+class Forgetting(Noted):
+    """Gets better until row 4 is learnt, and worse from then on."""
+
+    def __call__(self, output, batch):
+        loss, sums = super().__call__(output, batch)
+        learnt = [row for event, row in self.events if event == "learnt"]
+        return (loss if max(learnt) < 4 else -100 * loss), sums
+
+
+PATIENT = {"keep_best": "val_loss", "patience": 3, "eval_interval": 1, "learning_rate": 1e-2, "warmup_steps": 0}
+
+
+def test_patience_ends_a_run_that_gains_nothing_and_leaves_the_best_and_the_last_model(make_run, capsys, tmp_path):
+    run = make_run(Documents(total_rows=20), Forgetting(), Documents(total_rows=2), **PATIENT)
+    run.loop()
+    values = {record["step"]: record["val_loss"] for record in records(run)}
+    assert list(values) == [1, 2, 3, 4, 5] and min(values, key=values.get) == 2
+    best, folder = f"val_loss {values[2]:.4f} of step 2", tmp_path / "pretrain_32"
+    said = capsys.readouterr().err.splitlines()
+    assert f"{best} is the best so far: kept in {folder}/best" in said
+    ending = [
+        f"ended at step 5 of 10 by --patience 3: none since was better than {best}; a larger --patience goes on",
+        f"model folder: {folder}",
+        f"best model: {folder}/best ({best})",
+    ]
+    assert said[-3:] == ending
+    last, kept = load_pretrained(folder).state_dict(), load_pretrained(folder / "best").state_dict()
+    assert equal(last.values(), parameters(run)) and not equal(last.values(), kept.values())
+
+    again = make_run(Documents(total_rows=20), Forgetting(), Documents(total_rows=2), **PATIENT)
+    again.loop()  # the same command
+    assert again.source.asked == [] and capsys.readouterr().err.splitlines()[-3:] == ending
+    more = make_run(Documents(total_rows=20), Forgetting(), Documents(total_rows=2), **PATIENT | {"patience": 4})
+    more.loop()
+    assert more.source.asked == [10] and more.progress.best_step == 2
+
+
+def test_a_resumed_run_knows_its_best(make_run, tmp_path):
+    flags = {"keep_best": "val_loss", "eval_interval": 1, "learning_rate": 1e-2, "warmup_steps": 0}
+    run = make_run(Documents(), Forgetting(), Documents(total_rows=2), **flags, max_steps=3)
+    run.loop()
+    assert (run.progress.best_step, run.progress.waited) == (2, 1)
+    resumed = make_run(Documents(), Forgetting(), Documents(total_rows=2), **flags, max_steps=6)
+    assert resumed.progress == run.progress and resumed.progress.best_value > 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "held_out", "message"),
+    [
+        ("val_bbp", True, "--keep_best is 'val_bbp'; pretrain can keep the best model by val_loss$"),
+        ("val_bpb", True, "--keep_best is 'val_bpb'; pretrain can keep the best model by val_loss$"),
+        ("loss", True, "--keep_best is 'loss'; pretrain can"),
+        ("val_loss", False, "--keep_best val_loss needs held-out rows, and this data has none; give --val_path"),
+    ],
+)
+def test_what_is_not_measured_tells_no_best_model(make_parts, tmp_path, metric, held_out, message):
+    parts = make_parts(Documents(), held_out=Documents() if held_out else None, keep_best=metric)
+    with pytest.raises(ValueError, match=message):
+        train(*parts)
+    assert not (tmp_path / "pretrain_32").exists()
 
 
 # Errors that say what to do -------------------------------------------------------------------------------------

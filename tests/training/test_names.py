@@ -11,11 +11,6 @@ from training.names import ELSEWHERE, LAUNCHER, answer, flags_among
 
 TRAINING = sorted({f.name for stage in STAGES.values() for f in fields(stage.config)})
 TALKING = sorted(vars(eval_model.parse_arguments([])))
-COMING = {
-    "run_name",
-    "keep_best",
-    "patience",
-}  # asked for by name where they exist; the next alternative serves until then
 
 MINIMIND = (
     "--hidden_size 512 --num_hidden_layers 8 --max_seq_len 340 --use_moe 0 --save_dir ../out --save_weight pretrain "
@@ -89,7 +84,7 @@ def test_eval_model_answers_for_its_own_flags(capsys):
 def test_every_answer_names_flags_that_exist(theirs):
     assert theirs == theirs.replace("-", "_").lower()
     for sentence in ELSEWHERE[theirs].split(" | "):
-        named = set(re.findall(r"--(\w+)", sentence)) - LAUNCHER - COMING
+        named = set(re.findall(r"--(\w+)", sentence)) - LAUNCHER
         assert named <= set(TRAINING) or named <= set(TALKING), sentence
     for names in (TRAINING, TALKING):
         assert theirs in names or "did you mean" not in answer(f"--{theirs}", names, training=tuple(TRAINING))

@@ -1,6 +1,6 @@
 """How a run begins and is saved on its way: what is refused, what is noted, and a disk that does not take it."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_a_save_leaves_a_checkpoint_and_a_model_folder(make_saver, make_engine, 
     folder = config.run_dir / "checkpoints/step_000004"
     assert checkpoint.damage(folder) is None
     assert checkpoint.read_run(folder) == {
-        "progress": {"step": 4, "position": 64, "tokens": 999, "seconds": 1.5},
+        "progress": asdict(PROGRESS),
         "identity": IDENTITY,
         "config": SETTINGS,
     }

@@ -1,7 +1,8 @@
 """From a config as asked to a run's parts: shapes filled in, data divided by data ranks, and errors in one line."""
 
+import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -99,6 +100,21 @@ def test_a_stage_without_the_one_before_says_what_to_run(tmp_path, config, scrip
 
 def test_a_stage_starts_from_the_folder_of_the_one_before(folder, tmp_path):
     assert starting_model(SFTConfig(dim=32, out_dir=str(tmp_path))).config.init_from == folder
+
+
+def test_a_stage_starts_from_a_run_by_its_name(folder, tmp_path, monkeypatch):
+    asked = SFTConfig(init_from="wide", out_dir=str(tmp_path / "out"))
+    with pytest.raises(
+        FileNotFoundError, match=f"wide: no such folder, here or in {tmp_path}/out; .*the name of a run"
+    ):
+        starting_model(asked)
+    shutil.copytree(folder, tmp_path / "out/wide")
+    assert starting_model(asked).config.init_from == f"{tmp_path}/out/wide"
+    shutil.copytree(folder, tmp_path / "out/wide/best")
+    assert starting_model(replace(asked, init_from="wide/best")).config.init_from == f"{tmp_path}/out/wide/best"
+    shutil.copytree(folder, tmp_path / "wide")  # a folder itself is what is meant
+    monkeypatch.chdir(tmp_path)
+    assert starting_model(asked).config.init_from == "wide"
 
 
 def test_a_stage_that_is_asked_to_starts_from_random_weights():

@@ -48,8 +48,16 @@ def deepspeed_engine(
 ) -> "ReplicatedEngine | ZeroEngine":
     """The engine of the stage that flags and file ask for. Raises ValueError where they contradict each other."""
     settings = deepspeed_settings(config, machine.dtype, machine.world.data_size)
+    name_device(machine.device)
     engine = ReplicatedEngine if settings["zero_optimization"]["stage"] == 0 else ZeroEngine
     return engine(model, config, machine, weights, settings)
+
+
+def name_device(device: torch.device) -> None:
+    """DeepSpeed goes by LOCAL_RANK, also where no launcher has set it or --device cuda:1 says otherwise."""
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def initialize(model: GPT, optimizer: torch.optim.Optimizer, settings: Settings) -> DeepSpeed:
@@ -106,7 +114,6 @@ class ZeroEngine(Accumulating):
         """The model's shapes; weights come once the masters are there to take them."""
         if self.stage < 3:
             return model.to_empty(device=self.device)
-        os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where no launcher has set it
         deepspeed.init_distributed(dist_init_required=False, verbose=False)  # else Init takes itself to be alone
         with deepspeed.zero.Init(config_dict_or_path=self.settings):
             return GPT(model.config)
