@@ -230,7 +230,7 @@ def is_held_out(row: Row, rules: Rules) -> bool:
     return xxhash.xxh3_64_intdigest(key.encode(errors="surrogatepass")) < rules.val_fraction * 2**64
 
 
-def build_rows(
+def build_parts(
     form: Form,
     data_path: str | Path | list[str],
     tokenizer: TextTokenizer,
@@ -240,15 +240,34 @@ def build_rows(
     val_fraction: float = 0.0,
     on_bad_row: str = "stop",
     cache_dir: str | Path = ".cache",
-) -> Rows | None:
-    """Files -> packed rows, encoded into the cache first where they are new. None where no row is left in this part.
+    show: bool = True,
+) -> dict[str, Rows | None]:
+    """Files -> packed rows of this part and of those that are encoded with it; encoded into the cache first where they
+    are new. None where no row is left in a part.
 
     part "train" or "val" is one side of a split that keeps `val_fraction` of the documents, by their hash, for "val".
+    `show`: whether to say how far the reading of much data is; encoding always says it.
     Raises FileNotFoundError, and DataError for a bad row or one of another form.
     """
     rules = Rules(form, max_seq_len, on_bad_row, val_fraction, part)
-    encoded = encode_files(expand_paths(data_path), tokenizer, rules, cache_dir)
-    return form.rows(encoded, max_seq_len, tokenizer.pad_id) if encoded.report.used else None
+    parts = encode_parts(expand_paths(data_path), tokenizer, rules, cache_dir, show)
+    return {
+        name: form.rows(encoded, max_seq_len, tokenizer.pad_id) if encoded.report.used else None
+        for name, encoded in parts.items()
+    }
+
+
+def build_rows(
+    form: Form,
+    data_path: str | Path | list[str],
+    tokenizer: TextTokenizer,
+    max_seq_len: int,
+    *,
+    part: str = "all",
+    **settings: Any,
+) -> Rows | None:
+    """One part of `build_parts`, which takes the same settings."""
+    return build_parts(form, data_path, tokenizer, max_seq_len, part=part, **settings)[part]
 
 
 def build_pretrain_loader(
@@ -277,7 +296,9 @@ def build_loader(
 ) -> Loader:
     """Raises ValueError where the files hold nothing to learn from."""
     for_rows = {
-        name: settings.pop(name) for name in ("part", "val_fraction", "on_bad_row", "cache_dir") if name in settings
+        name: settings.pop(name)
+        for name in ("part", "val_fraction", "on_bad_row", "cache_dir", "show")
+        if name in settings
     }
     rows = build_rows(form, data_path, tokenizer, max_seq_len, **for_rows)
     if rows is None:

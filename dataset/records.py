@@ -7,6 +7,7 @@ Files are UTF-8, with or without a byte order mark, lines ending in LF or CRLF, 
 Lines are split at LF alone and decoded one by one, so that a broken line never hides the next.
 """
 
+import errno
 import glob
 import gzip
 import io
@@ -25,6 +26,23 @@ from dataset.forms import FORMS, Form, Value, kind, shorten
 
 class DataError(ValueError):
     """A row or a file that cannot be used; the message starts with `path:line:`."""
+
+
+WHAT_TO_DO = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.EROFS: "give a path that can be written",
+}
+
+
+def one_line(error: Exception) -> str:
+    """An error that a user can do something about, in words; one of the system with its file and with what to do."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    hint = f"; {WHAT_TO_DO[error.errno]}" if error.errno in WHAT_TO_DO else ""
+    return f"{where}{error.strerror}{hint}"
 
 
 @dataclass

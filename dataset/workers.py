@@ -29,7 +29,7 @@ def usable_cores() -> int:
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     """Results of all items, in their order, with an item at most in each worker's hands.
 
-    An exception of `work` comes where its result would. Raises RuntimeError for a worker that is gone.
+    An exception of `work` comes where its result would. Raises ChildProcessError for a worker that is gone.
     """
     crew: list[subprocess.Popen[bytes]] = []
     items = iter(items)
@@ -83,8 +83,8 @@ def receive(worker: subprocess.Popen[bytes]) -> Any:  # what the function that i
     return result
 
 
-def gone(worker: subprocess.Popen[bytes]) -> RuntimeError:
-    return RuntimeError(
+def gone(worker: subprocess.Popen[bytes]) -> ChildProcessError:
+    return ChildProcessError(
         f"a process that prepared data ended with status {worker.wait()}, perhaps killed for want of memory; "
         "the same command begins the preparation again"
     )

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataset import load_tokenizer, render_chat
+from dataset.records import one_line
 from evaluation.scoring import Result, score_file
 from model import GPT, generate, load_pretrained
 from training import STAGES
@@ -114,4 +115,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")
