@@ -2,7 +2,7 @@
 
 from dataset.batch import Batch, PairBatch
 from dataset.chat import Message, Rendered, parse_answer, render_chat
-from dataset.encode import build_dpo_loader, build_pretrain_loader, build_rows, build_sft_loader
+from dataset.encode import build_dpo_loader, build_parts, build_pretrain_loader, build_rows, build_sft_loader
 from dataset.forms import CONVERSATION, FORMS, PAIR, TEXT
 from dataset.loader import Loader
 from dataset.records import DataError
@@ -23,6 +23,7 @@ __all__ = [
     "TextTokenizer",
     "Tokenizer",
     "build_dpo_loader",
+    "build_parts",
     "build_pretrain_loader",
     "build_rows",
     "build_sft_loader",

@@ -49,8 +49,13 @@ class Form:
     other_columns: ClassVar[dict[str, object]] = {}  # name -> type, as `datasets` has it
     rows: ClassVar[type[TextRows] | type[PairRows]]  # what packs the columns
 
-    def check(self, row: Value) -> None:
-        """Raise ValueError, saying what was found and what was expected, for a row that is not of this form."""
+    def normalise(self, row: Value) -> Value:
+        """The row as this form writes it, where the file has another spelling of it that is known by its keys."""
+        return row
+
+    def check(self, row: Value) -> Value:
+        """The row as this form writes it. Raises ValueError, saying what was found and what was expected, for one that
+        is not of this form."""
         raise NotImplementedError
 
     def split_key(self, row: Value) -> str:
@@ -75,9 +80,10 @@ class TextForm(Form):
     token_columns = ("ids",)
     rows = TextRows
 
-    def check(self, row: Value) -> None:
+    def check(self, row: Value) -> Value:
         check_keys(row, self)
         check_text(row["text"], "text")
+        return row
 
     def split_key(self, row: Value) -> str:
         return row["text"]
@@ -103,9 +109,20 @@ class ConversationForm(Form):
     other_columns: ClassVar[dict[str, object]] = {"spans": datasets.List(datasets.Value("int32"))}
     rows = TextRows
 
-    def check(self, row: Value) -> None:
+    def normalise(self, row: Value) -> Value:
+        """{"messages": ...}, Alpaca's {"instruction": ..., "input": ..., "output": ...} and ShareGPT's
+        {"conversations": [{"from": "human", "value": ...}, ...]} as conversations."""
+        if "conversations" in row:
+            return from_sharegpt(row)
+        if "messages" in row:
+            return {"conversations" if key == "messages" else key: value for key, value in row.items()}
+        return from_alpaca(row) if {"instruction", "output"} <= row.keys() else row
+
+    def check(self, row: Value) -> Value:
         check_keys(row, self)
+        row = self.normalise(row)
         check_messages(row["conversations"], "conversations")
+        return row
 
     def split_key(self, row: Value) -> str:
         """What is said before the first answer."""
@@ -146,7 +163,7 @@ class PairForm(Form):
     other_columns: ClassVar[dict[str, object]] = {"prompt": datasets.Value("int32")}
     rows = PairRows
 
-    def check(self, row: Value) -> None:
+    def check(self, row: Value) -> Value:
         check_keys(row, self)
         for side in ("chosen", "rejected"):
             check_messages(row[side], side)
@@ -162,6 +179,7 @@ class PairForm(Form):
             )
         if not chosen:
             raise ValueError("found no message before the answers, expected a prompt")
+        return row
 
     def split_key(self, row: Value) -> str:
         return json.dumps(row["chosen"][:-1], ensure_ascii=False)
@@ -219,15 +237,58 @@ def spans_of(mask: list[bool]) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
+# Other spellings of a conversation; what is wrong in one is left for the checks to name -------------------------------
+
+
+SHAREGPT_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
+}  # fmt: skip
+
+
+def from_sharegpt(row: Value) -> Value:
+    """Messages of {"from": "human", "value": "Hi"} as {"role": "user", "content": "Hi"}; a row's own "system" and
+    "tools" become its first message."""
+    messages = row["conversations"]
+    if not isinstance(messages, list) or not any(isinstance(each, dict) and "from" in each for each in messages):
+        return row
+    said = [sharegpt_message(each) if isinstance(each, dict) and "from" in each else each for each in messages]
+    if row.get("system") or row.get("tools"):
+        first = {"role": "system", "content": row.get("system") or ""}
+        said.insert(0, first | ({"tools": row["tools"]} if row.get("tools") else {}))
+    return {"conversations": said}
+
+
+def sharegpt_message(message: Value) -> Value:
+    role, value = message["from"], message.get("value")
+    if role == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": [value] if isinstance(value, dict) else value}
+    return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
+
+
+def from_alpaca(row: Value) -> Value:
+    """{"instruction": "Add.", "input": "2 2", "output": "4"} as user "Add.\\n2 2" and assistant "4", after the row's
+    "system" and its "history" of [question, answer], where it has them."""
+    asked = [part for part in (row["instruction"], row.get("input")) if part not in (None, "")]
+    wrong = next((part for part in asked if not isinstance(part, str)), None)
+    turns = [["\n".join(asked) if wrong is None else wrong, row["output"]]]
+    history = row.get("history") or []
+    turns = [*history, *turns] if isinstance(history, list) else [[history, None]]
+    messages: list[Value] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for turn in turns:
+        question, answer = turn if isinstance(turn, list) and len(turn) == 2 else (turn, None)
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"conversations": messages}
+
+
 # Checks: all raise ValueError ----------------------------------------------------------------------------------------
 
 
 def check_keys(row: Value, form: Form) -> None:
-    if form.keys <= row.keys():
+    if form.keys <= form.normalise(row).keys():
         return
     found = f"found the keys {', '.join(map(repr, row)) or '(none)'}"
     for other in FORMS:
-        if other.keys <= row.keys():
+        if other.keys <= other.normalise(row).keys():
             raise ValueError(
                 f"{found}: a row for train_{other.stage}.py, expected {form.expected} for train_{form.stage}.py"
             )

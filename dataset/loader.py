@@ -207,6 +207,12 @@ def micro_batches(rows_per_update: int, rows_together: int) -> int:
     return -(-rows_per_update // rows_together)
 
 
+def fitting(batch_size: int, rows: int, ranks: int) -> int:
+    """Rows of a micro-batch, no more than a rank can get where all ranks together have so many; the rest would be
+    padding."""
+    return min(batch_size, -(-rows // ranks))
+
+
 @dataclass
 class Loader:
     """Slices the global row order for one rank of those that divide the data between them.

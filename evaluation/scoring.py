@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from dataset import DataError, TextTokenizer, render_chat
 from dataset.batch import IGNORE
-from dataset.encode import Encoder, Rules
+from dataset.encode import Rules, encode_row
 from dataset.forms import CONVERSATION, TEXT
 from dataset.loader import Report, supervise
-from dataset.records import Row, form_of
+from dataset.records import Row, form_of, read_rows
 from evaluation.health import answer_ids, health
 from model import GPT
 
@@ -73,10 +73,11 @@ def score_file(
     Raises DataError for a bad row, and ValueError where no row is left.
     """
     path, form = str(path), form_of(path)
-    encoder = Encoder([path], tokenizer, Rules(form, model.config.max_seq_len), Report())
-    rows = islice(encoder.rows(), max_rows or None)
-    encoded = [(row, tokens.columns) for row, tokens in encoder.encode(rows)]
-    dropped, cut = dict(encoder.report.dropped), dict(encoder.report.cut)
+    rules, report = Rules(form, model.config.max_seq_len), Report()
+    rows = islice(read_rows([path], form), max_rows or None)
+    both = ((row, encode_row(row, tokenizer, rules, report)) for row in rows)
+    encoded = [(row, tokens.columns) for row, tokens in both if tokens is not None]
+    dropped, cut = dict(report.dropped), dict(report.cut)
     if not encoded:
         raise ValueError(f"{path}: no row is left to score; dropped: {dropped or 'none'}")
     result = {"file": path, "form": form.stage, "rows": len(encoded), "dropped": dropped, "cut": cut}

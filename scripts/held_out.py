@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset.encode import Rules, is_held_out
-from dataset.records import expand_paths, read_rows
+from dataset.records import expand_paths, one_line, read_rows
 from training import STAGES
 
 
@@ -40,5 +40,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import DEFAULT_TOKENIZER, FORMS, DataError, TextTokenizer, load_tokenizer
 from dataset.forms import Form, Rendered
-from dataset.records import Row, expand_paths, form_of, read_rows
+from dataset.records import Row, expand_paths, form_of, one_line, read_rows
 
 BAR = 40  # characters of the longest bar
 BY_STAGE = {form.stage: form for form in FORMS}
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = expand_paths(arguments.files)
         form = BY_STAGE[arguments.stage] if arguments.stage else form_of(paths[0])
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     bad: list[str] = []
     lengths: dict[str, list[int]] = {}
@@ -100,6 +100,9 @@ def rendered_rows(
                     bad.append(f"{row.where}: {error}")
         except DataError as error:  # nothing in the file, or damaged compression
             bad.append(str(error))
+        except OSError as error:
+            error.filename = path  # an error while reading has none
+            bad.append(one_line(error))
 
 
 # What is shown --------------------------------------------------------------------------------------------------

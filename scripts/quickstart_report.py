@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataset import Message, load_tokenizer, render_chat
+from dataset.records import one_line
 from dataset.sample.make_sample import facts_right, open_prompts
 from evaluation.health import answer as answers_of
 from evaluation.health import health
@@ -152,4 +153,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")

@@ -12,7 +12,6 @@ The same files and flags give the same tokenizer, bit for bit.
 """
 
 import argparse
-import gzip
 import hashlib
 import io
 import json
@@ -29,6 +28,8 @@ from tokenizers import AddedToken, decoders, models, processors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dataset.forms import TEXT
+from dataset.records import expand_paths, one_line, read_rows
 from dataset.tokenizer import CONTROL_TOKENS, DEFAULT_TOKENIZER, SPACE_MARK, Tokenizer
 
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
@@ -56,7 +57,12 @@ class Document(NamedTuple):
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", nargs="+", required=True, help='JSONL files of {"text": ...}, .gz as well')
+    parser.add_argument(
+        "--data_path",
+        nargs="+",
+        required=True,
+        help='files or globs of {"text": ...} rows (.jsonl, .jsonl.gz, .jsonl.zst)',
+    )
     parser.add_argument("--out_dir", required=True, help="folder to write the tokenizer's files to")
     parser.add_argument("--vocab_size", type=int, default=6400, help="pieces, control tokens and bytes included [6400]")
     parser.add_argument(
@@ -71,31 +77,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_documents(path: str) -> list[Document]:
-    """All documents of a file, in an order that depends on their texts alone."""
-    opener = gzip.open if path.endswith(".gz") else open
-    documents = []
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                documents.append(_document(_text_of_row(line, f"{path}:{number}")))
+    """All documents of a file, in an order that depends on their texts alone. Raises DataError for a bad row."""
+    documents = [_document(row.value["text"]) for row in read_rows([path], TEXT)]
     return sorted(documents, key=lambda document: document.order)
 
 
-def _text_of_row(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f'{where}: found {line[:60]!r}, expected a row {{"text": "..."}}') from None
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: found text of type {type(text).__name__}, expected a string")
-    return text
-
-
 def _document(text: str) -> Document:
-    encoded = text.encode("utf-8", errors="ignore")
+    encoded = text.encode("utf-8")
     order = int.from_bytes(hashlib.sha256(encoded).digest()[:7], "big") / 256**7
     chinese = len(HAN.findall(text)) >= CHINESE_FROM * max(1, len(text))
-    return Document(encoded.decode(), len(encoded), order, chinese)
+    return Document(text, len(encoded), order, chinese)
 
 
 def sample(files: dict[str, list[Document]], options: argparse.Namespace) -> list[Document]:
@@ -240,15 +231,22 @@ def measure(tokenizer: Tokenizer, files: dict[str, list[Document]], held_out: fl
 def main(arguments: list[str] | None = None) -> None:
     """Read, sample, train, write, measure."""
     options = parse_arguments(arguments)
-    files = {path: read_documents(path) for path in options.data_path}
+    files = {path: read_documents(path) for path in expand_paths(options.data_path)}
     documents = sample(files, options)
     size, chinese = sum(d.size for d in documents), sum(d.size for d in documents if d.chinese)
     print(f"training on {len(documents):,} documents, {size:,} bytes, {chinese:,} of them Chinese")
-    write_folder(train_model(training_sentences(documents), options), Path(options.out_dir))
+    try:
+        model = train_model(training_sentences(documents), options)
+    except RuntimeError as error:
+        raise ValueError(f"{error}; give more text, or a smaller --vocab_size") from None
+    write_folder(model, Path(options.out_dir))
     print(f"{'held-out documents of':32}{'characters':>12}{'tokens':>12}{'characters a token':>20}")
     for name, (characters, tokens) in measure(Tokenizer(options.out_dir), files, options.held_out).items():
         print(f"{name:32}{characters:12,}{tokens:12,}{characters / tokens:20.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")

@@ -4,7 +4,7 @@
     words()                lines of code outside tests, how often `Any` and `type: ignore` stand in them
     longest_functions()    [(lines, file, name), ...]
 
-A crossing is counted once, however often it is made. The way begins where files become rows (build_rows) and ends with
+A crossing is counted once, however often it is made. The way begins where files become rows (build_parts) and ends with
 the optimizer's step; what starts, saves or reports a run is not on it.
 """
 
@@ -23,7 +23,7 @@ from tests.helpers import ROOT, TINY, train_here, write_jsonl
 
 ROOMS = ("model", "dataset", "training", "evaluation", "serving", "scripts")
 INSIDE = tuple(f"{ROOT / room}/" for room in ROOMS)
-WAY = {"build_rows", "update", "forward_backward", "step"}  # functions that the way leads through
+WAY = {"build_parts", "update", "forward_backward", "step"}  # functions that the way leads through
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
 ROW: dict[str, dict[str, Any]] = {"pretrain": {"text": "one row"}, "full_sft": {"conversations": [USER, ASSISTANT]}}
 Crossing = tuple[str, str]  # "file:function" of caller and called

@@ -17,7 +17,7 @@ import xxhash
 
 from dataset import Loader
 from dataset.batch import PairBatch
-from dataset.loader import PairRows, Rows
+from dataset.loader import PairRows, Rows, fitting
 from training.config import Config
 from training.engines.contract import Engine
 from training.objectives import answer_logps
@@ -54,6 +54,7 @@ def compute_reference(rows: PairRows, engine: Engine, batch_size: int) -> np.nda
     world = engine.world
     asking = copy.copy(rows)  # its batches need a reference of their own, which nobody looks at
     asking.reference = np.zeros((rows.n_pairs, 2), dtype=np.float32)
+    batch_size = fitting(batch_size, len(rows), world.data_size)
     loader = Loader(asking, batch_size, rank=world.data_rank, world_size=world.data_size, shuffle=False)
     logps = torch.zeros(rows.n_pairs, 2, dtype=torch.float64)
     for position in range(0, len(rows), loader.rows_per_update):

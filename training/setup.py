@@ -2,20 +2,21 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import xxhash
 from rich.console import Console
 from rich.table import Table
 
-from dataset import DEFAULT_TOKENIZER, Loader, build_rows, load_tokenizer
-from dataset.loader import ENDLESS, Rows, describe
-from dataset.tokenizer import TextTokenizer
+from dataset import DEFAULT_TOKENIZER, Loader, build_parts, load_tokenizer
+from dataset.loader import ENDLESS, Rows, describe, fitting
+from dataset.records import one_line
+from dataset.tokenizer import HFTokenizer, TextTokenizer
 from model import GPT, GPTConfig
 from model.folder import folder_weights
 from model.folder import load_config as load_model_config
@@ -27,17 +28,22 @@ from training.engines import Machine, Weights, engine_name
 from training.objectives import STAGES
 
 C = TypeVar("C", bound=Config)
+STOPPED = "stopped by Ctrl-C; the same command begins again, or goes on from the newest checkpoint"
+FOREIGN_ROW = 2048  # tokens a row, at most, that a model made elsewhere starts with unasked
 
 
 def run_stage(main: Callable[[Any], None], cls: type[Config], about: str | None = None) -> None:
-    """Parse flags and call main; what a user did wrong is one line, not a traceback. Exits with 2 then.
+    """Parse flags and call main; what a user did wrong, or the system does not allow, is one line and not a traceback.
+    Exits with 2 then, and with 130 after Ctrl-C.
 
     about: what --help begins with, where a script is no stage but takes a stage's flags.
     """
     try:
         main(load_config(cls, about=about))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        text = str(error)
+    except KeyboardInterrupt:
+        leave(STOPPED, 130)
+    except (ValueError, OSError, RuntimeError) as error:
+        text = one_line(error)
         if isinstance(error, RuntimeError):
             if not distributed.is_lost_contact(error):
                 raise
@@ -46,12 +52,17 @@ def run_stage(main: Callable[[Any], None], cls: type[Config], about: str | None 
                 f"rank {rank} lost contact with another rank ({text.splitlines()[0]}); "
                 "the one that ended first says why"
             )
-        print(f"error: {text}", file=sys.stderr)
-        sys.stderr.flush()
-        # the other ranks may wait in a collective; leave without waiting for them, and the launcher stops them
-        os._exit(2) if torch.distributed.is_initialized() else sys.exit(2)
+        leave(f"error: {text}", 2)
     finally:
         distributed.stop()
+
+
+def leave(text: str, status: int) -> NoReturn:
+    """Say why, and end. Other ranks may wait in a collective; they are not waited for, and the launcher stops them."""
+    print(text, file=sys.stderr, flush=True)
+    if torch.distributed.is_initialized():
+        os._exit(status)
+    sys.exit(status)
 
 
 def start_machine(config: Config) -> Machine:
@@ -76,6 +87,7 @@ class Start(Generic[C]):
     tokenizer: TextTokenizer
     config: C  # as asked, every shape filled in; what config.yaml records
     max_seq_len: int  # tokens a row
+    note: str = ""  # on max_seq_len, where nobody asked for one
 
 
 def starting_model(asked: C) -> Start[C]:
@@ -105,9 +117,19 @@ def starting_model(asked: C) -> Start[C]:
         )
     with torch.device("meta"):
         model = GPT(shape)
-    row = asked.max_seq_len or shape.max_seq_len
+    row, note = asked.max_seq_len or shape.max_seq_len, ""
+    if init != "none" and asked.max_seq_len is None:
+        row, note = inherited_row(init, shape.max_seq_len, tokenizer)
     shapes = {name: getattr(shape, name) for name in SHAPE_FLAGS}
-    return Start(model, weights, tokenizer, replace(asked, init_from=init, max_seq_len=row, **shapes), row)
+    return Start(model, weights, tokenizer, replace(asked, init_from=init, max_seq_len=row, **shapes), row, note)
+
+
+def inherited_row(init: str, context: int, tokenizer: TextTokenizer) -> tuple[int, str]:
+    """Tokens a row where no flag says so, and how to tell it: the folder's context, which in a folder that was made
+    elsewhere is what the model could read one day, and seldom what there is memory for."""
+    row = min(context, FOREIGN_ROW) if isinstance(tokenizer, HFTokenizer) else context
+    of = f" (of its context of {context:,})" if row < context else ""
+    return row, f"rows of {row:,} tokens, from {init}{of}; --max_seq_len N changes it"
 
 
 def starting_folder(config: Config) -> str:
@@ -150,18 +172,9 @@ class Data:
 def load_data(start: Start[Any], machine: Machine) -> Data:
     """Tokenize (or open the cache) and print what became of every row. Raises DataError, and ValueError for no data."""
     config, world = start.config, machine.world
-    fraction = 0.0 if config.val_path else config.val_fraction
-    build = partial(
-        build_rows,
-        STAGES[config.stage].form,
-        tokenizer=start.tokenizer,
-        max_seq_len=start.max_seq_len,
-        val_fraction=fraction,
-        on_bad_row=config.on_bad_row,
-        cache_dir=config.cache_dir,
-    )
-    train = build(config.data_path, part="train" if fraction else "all")
-    val = build(config.val_path) if config.val_path else build(config.data_path, part="val") if fraction else None
+    if world.rank == 0 and start.note:
+        print(start.note, flush=True)
+    train, val = load_parts(start, show=world.rank == 0)
     if world.rank == 0:
         print_table({"train": train, "val": val})
     if train is None:
@@ -172,17 +185,52 @@ def load_data(start: Start[Any], machine: Machine) -> Data:
             "validation data": val.encoded.fingerprint if val else None,
         }
     )
-    share = {"batch_size": config.batch_size, "rank": world.data_rank, "world_size": world.data_size}
     # at least a row: to a loader, 0 is a whole pass
     total = ENDLESS if config.max_steps else max(1, round(len(train) * config.epochs))
+    update = min(total, config.global_batch_size or ENDLESS)
+    batch_size = fitting(config.batch_size, update, world.data_size)
+    if world.rank == 0:
+        print("".join(f"{remark}\n" for remark in remarks(config, batch_size, update, val)), end="", flush=True)
     looked_at = min(len(val), config.eval_rows or len(val)) if val else 0
+    share = partial(Loader, batch_size=batch_size, rank=world.data_rank, world_size=world.data_size)
     return Data(
-        Loader(
-            train, **share, accumulation_steps=config.accumulation_steps, seed=config.seed, total_rows=total,
-            rows_per_update=config.global_batch_size,
+        share(
+            train, accumulation_steps=config.accumulation_steps, seed=config.seed, total_rows=total,
+            rows_per_update=min(config.global_batch_size, total),
         ),
-        Loader(val, **share, total_rows=looked_at) if val else None,
+        share(val, total_rows=looked_at) if val else None,
     )  # fmt: skip
+
+
+def load_parts(start: Start[Any], show: bool) -> tuple[Rows | None, Rows | None]:
+    """Rows to learn from, and those held out. `show`: whether to say how far the reading is."""
+    config = start.config
+    build = partial(
+        build_parts,
+        STAGES[config.stage].form,
+        tokenizer=start.tokenizer,
+        max_seq_len=start.max_seq_len,
+        on_bad_row=config.on_bad_row,
+        cache_dir=config.cache_dir,
+        show=show,
+    )
+    if config.val_path:
+        return build(config.data_path)["all"], build(config.val_path)["all"]
+    part = "train" if config.val_fraction else "all"
+    parts = build(config.data_path, part=part, val_fraction=config.val_fraction)
+    return parts[part], parts.get("val")
+
+
+def remarks(config: Config, batch_size: int, update: int, val: Rows | None) -> Iterator[str]:
+    """What was asked for and does not happen, for so much data."""
+    if batch_size < config.batch_size:
+        yield (
+            f"--batch_size {config.batch_size:,} is taken as {batch_size:,}: "
+            f"an update holds {update:,} rows over all processes"
+        )
+    if val is None and (config.val_path or config.val_fraction):
+        asked = "--val_path" if config.val_path else f"--val_fraction {config.val_fraction:g}"
+        yield f"no validation: {asked} gives no row; a larger --val_fraction or other --val_path files do"
 
 
 def print_table(parts: dict[str, Rows | None]) -> None:

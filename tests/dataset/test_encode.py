@@ -1,20 +1,24 @@
 """Encoding: hand-listed ids and spans, cuts and drops that are counted, a cache that is never stale, a stable split."""
 
+import gzip
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
+import dataset.encode as encode_module
 from dataset import CONVERSATION, DEFAULT_TOKENIZER, PAIR, TEXT, DataError, Tokenizer, build_rows, render_chat
 from dataset.batch import IGNORE
 from dataset.encode import Rules, encode_files, is_held_out
 from dataset.forms import spans_of
-from dataset.records import Row
+from dataset.progress import Progress
+from dataset.records import Row, read_chunks
 from tests.helpers import FORM_OF, ROOT, write_jsonl
 
 # "\x01" has no piece of its own, so it is the byte token 15 + 1 = 16, whatever text the tokenizer was trained on
@@ -243,7 +247,6 @@ def test_a_second_call_opens_the_cache(encode):
         {"rows": [{"text": "Row 0"}, *ROWS[1:]]},
         {"rows": ROWS[::-1]},
         {"max_seq_len": 65},
-        {"on_bad_row": "skip"},
         {"val_fraction": 0.1},
     ],
 )
@@ -365,3 +368,97 @@ def test_real_data_is_used_and_counted(data_dir, tmp_path, tokenizer, stage, fol
     assert batch.supervised == report.supervised
     assert batch.real_tokens == report.tokens - report.used * (2 if stage == "dpo" else 1)
     assert int(batch.input_ids.max()) < tokenizer.vocab_size
+
+
+# --- many rows: progress, processes ---
+
+
+def many(monkeypatch, workers: int = 1) -> None:
+    """From now on any data counts as much, is cut into chunks of a few rows and given to so many processes."""
+    monkeypatch.setattr(encode_module, "SPREAD_FROM", 0)
+    monkeypatch.setattr(encode_module, "usable_cores", lambda: workers)
+    monkeypatch.setattr(encode_module, "read_chunks", partial(read_chunks, size=300))
+
+
+def mixed_rows(count: int) -> list[dict]:
+    """Conversations of which some are cut, dropped or bad in two ways."""
+    texts = [chat(f"question {i}", "yes " * (i % 40)) for i in range(count)]
+    return [{"text": "no"} if i % 29 == 28 else chat("?") if i % 31 == 30 else row for i, row in enumerate(texts)]
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, tokenizer, monkeypatch):
+    plain, packed = write_jsonl(tmp_path / "a.jsonl", mixed_rows(100)), tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    paths = [str(plain), str(packed)]
+    rules = Rules(CONVERSATION, 32, "skip", 0.2, "train")
+
+    def made(workers: int) -> dict[str, bytes]:
+        many(monkeypatch, workers)
+        cache = tmp_path / f"cache of {workers}"
+        encode_files(paths, tokenizer, rules, cache)
+        return {path.name: path.read_bytes() for path in cache.glob("*/*")}
+
+    one, two = made(1), made(2)
+    assert one == two and sorted(one) == ["report.json", "train.arrow", "val.arrow"]
+    report = json.loads(one["report.json"])
+    assert len(report["train"]["bad"]) == 6 and report["train"]["cut"] and report["train"]["dropped"]
+    assert report["train"]["read"] + report["val"]["read"] == 200
+
+
+def test_of_several_bad_rows_the_first_in_the_file_is_named_whoever_finds_it(tmp_path, tokenizer, monkeypatch):
+    rows = [*({"text": f"row {i} " * 9} for i in range(60)), {"text": 3}, {"text": "a"}, {"text": 4}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    path.write_bytes(gzip.compress(path.read_bytes())[:-1])  # its last row's chunk ends in damage, which comes later
+    many(monkeypatch, 2)
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz:61: found a number as text"):
+        encode_files([str(path.rename(f"{path}.gz"))], tokenizer, Rules(TEXT, 64), tmp_path / "cache")
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+
+
+def test_both_parts_come_from_one_pass_over_the_files(encode):
+    rows = [{"text": f"row {i}"} for i in range(40)]
+    train = encode("pretrain", rows, val_fraction=0.3, part="train")
+    val = encode("pretrain", rows, val_fraction=0.3, part="val", tokenizer=MuteTokenizer(DEFAULT_TOKENIZER))
+    assert train.report.used + val.report.used == 40 and train.fingerprint != val.fingerprint
+
+
+def test_a_log_gets_lines_about_the_work_and_a_terminal_one_that_is_rewritten(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr("dataset.progress.time.monotonic", lambda: next(clock))
+    with Progress("preparing data", 4 << 20) as line:
+        for _ in range(4):
+            line.update(1 << 20, rows=1500)
+    assert capsys.readouterr().err == (
+        "preparing data: 2 of 4 MB, 3,000 rows, 0.2 MB/s, 00:12 left\n"
+        "preparing data: 4 of 4 MB, 6,000 rows, 0.2 MB/s, 00:00 left\n"
+        "preparing data: 4 MB, 6,000 rows in 00:30\n"
+    )
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Progress("reading data", 2 << 20) as line:
+        line.update(1 << 20)
+    assert capsys.readouterr().err == (
+        "\rreading data: 1 of 2 MB, 0.2 MB/s, 00:06 left\x1b[K\rreading data: 1 MB in 00:12\x1b[K\n"
+    )
+
+
+def test_work_that_takes_no_time_says_nothing(capsys):
+    with Progress("preparing data", 2) as line:
+        line.update(2)
+    assert capsys.readouterr() == ("", "")
+
+
+# --- rows that are skipped ---
+
+
+def test_to_skip_bad_rows_where_there_are_none_is_the_same_data(encode):
+    stopped = encode("pretrain", ROWS)
+    skipped = encode("pretrain", ROWS, tokenizer=MuteTokenizer(DEFAULT_TOKENIZER), on_bad_row="skip")
+    assert skipped.fingerprint == stopped.fingerprint
+
+
+def test_a_cache_that_left_bad_rows_out_is_refused_to_who_stops_at_them(encode):
+    rows = [{"text": "a"}, {"text": 3}, {}]
+    for part in ("train", "val"):
+        assert encode("pretrain", rows, on_bad_row="skip", val_fraction=0.5, part=part)
+        with pytest.raises(DataError, match=r"rows\.jsonl:2: found a number as text"):
+            encode("pretrain", rows, val_fraction=0.5, part=part)

@@ -3,11 +3,14 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import zstandard
 
-from dataset.records import DataError, expand_paths, read_rows
+from dataset.records import DataError, expand_paths, form_of, read_rows
 from tests.helpers import FORM_OF
 
 GOOD = {
@@ -109,6 +112,85 @@ def test_a_good_line_passes(read, stage):
 def test_messages_is_another_name_for_conversations(read):
     (row,) = read("full_sft", line({"messages": GOOD["full_sft"]["conversations"]}))
     assert row.value == GOOD["full_sft"]
+
+
+CONVERSATION_OF = GOOD["full_sft"]
+SPELLINGS = [
+    {"instruction": "Hi", "input": "", "output": "Hello"},
+    {"instruction": "Hi", "output": "Hello"},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    {"id": 7, "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]},
+]
+
+
+@pytest.mark.parametrize("row", SPELLINGS)
+def test_alpaca_and_sharegpt_rows_are_conversations(read, tmp_path, row):
+    (found,) = read("full_sft", line(row))
+    assert found.value == CONVERSATION_OF
+    assert form_of(tmp_path / "rows.jsonl") is FORM_OF["full_sft"]
+
+
+def test_all_that_an_alpaca_row_holds_is_said(read):
+    row = {"system": "Be brief.", "history": [["1?", "2."]], "instruction": "Add.", "input": "2 2", "output": "4"}
+    (found,) = read("full_sft", line(row))
+    texts = [(message["role"], message["content"]) for message in found.value["conversations"]]
+    assert texts == [
+        ("system", "Be brief."), ("user", "1?"), ("assistant", "2."), ("user", "Add.\n2 2"), ("assistant", "4"),
+    ]  # fmt: skip
+
+
+def test_calls_of_a_sharegpt_row_are_calls(read):
+    said = [("human", "Time?"), ("function_call", '{"name": "now", "arguments": {}}'), ("observation", "12"),
+            ("gpt", "Noon.")]  # fmt: skip
+    row = {"tools": '[{"name": "now"}]', "conversations": [{"from": who, "value": what} for who, what in said]}
+    (found,) = read("full_sft", line(row))
+    assert found.value["conversations"] == [
+        {"role": "system", "content": "", "tools": '[{"name": "now"}]'},
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": "", "tool_calls": '{"name": "now", "arguments": {}}'},
+        {"role": "tool", "content": "12"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+
+
+BAD_SPELLINGS = [
+    ({"instruction": "Hi", "input": 3, "output": "a"}, r"found a number as conversations\[0\].content"),
+    ({"instruction": "Hi", "output": None}, r"found null .* as conversations\[1\].content"),
+    ({"instruction": "Hi", "output": "a", "history": 3}, r"found a number as conversations\[0\].content"),
+    ({"instruction": "Hi", "output": "a", "history": ["b"]}, r"found null .* as conversations\[1\].content"),
+    ({"conversations": [{"from": "bing", "value": "Hi"}]}, "found 'bing' as the role of .*expected one of system"),
+    ({"conversations": [{"from": ["x"], "value": "Hi"}]}, "as the role"),
+    ({"conversations": [{"from": "human"}, "b"]}, r"found null .* as conversations\[0\].content"),
+    ({"conversations": [{"from": "function_call", "value": "now()"}]}, "tool_calls, which is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_SPELLINGS)
+def test_what_is_wrong_in_an_alpaca_or_sharegpt_row_is_named(read, row, message):
+    with pytest.raises(DataError, match=message):
+        read("full_sft", line(row))
+
+
+def test_an_alpaca_row_is_no_text(read):
+    with pytest.raises(DataError, match="found the keys 'instruction', 'output': a row for train_full_sft.py"):
+        read("pretrain", line({"instruction": "Hi", "output": "Hello"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("my rows.json", json.dumps([GOOD["full_sft"]] * 2, indent=2)),
+        ("rows.json", json.dumps([GOOD["full_sft"]] * 2)),
+        ("rows.csv", '\ufeffinstruction,output\n"Hi","Hello"\n"Hi",Hello\n'),
+    ],
+)
+def test_a_file_that_is_no_jsonl_is_answered_with_the_line_that_makes_it_one(read, tmp_path, name, content):
+    with pytest.raises(DataError, match=rf"{name}:1: found .*in one file\? this writes one object a line: ") as error:
+        read("full_sft", content.encode(), name)
+    command = str(error.value).partition("one object a line: ")[2].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    made = (tmp_path / f"{Path(name).stem}.jsonl").read_bytes()
+    assert [row.value for row in read("full_sft", made)] == [CONVERSATION_OF] * 2
 
 
 def test_null_content_beside_tool_calls_is_empty_content(read):

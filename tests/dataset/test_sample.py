@@ -17,8 +17,9 @@ from types import ModuleType
 import pytest
 
 from dataset import DEFAULT_TOKENIZER, load_tokenizer
-from dataset.encode import Encoder, Rules
+from dataset.encode import Rules, encode_row
 from dataset.loader import Report
+from dataset.records import read_rows
 from tests.helpers import FORM_OF
 
 SAMPLE = Path(__file__).parent.parent.parent / "dataset" / "sample"
@@ -196,10 +197,10 @@ def test_both_manners_are_equally_frequent_before_dpo() -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_every_row_is_used_whole(name: str) -> None:
     rules = Rules(FORM_OF[STAGES[name]], MAX_SEQ_LEN)
-    encoder = Encoder([str(SAMPLE / name)], load_tokenizer(DEFAULT_TOKENIZER), rules, Report())
-    encoded = list(encoder.encode(encoder.rows()))
-    assert len(encoded) == len(read(name))
-    assert not encoder.report.bad and not encoder.report.cut
+    tokenizer, report = load_tokenizer(DEFAULT_TOKENIZER), Report()
+    for row in read_rows([str(SAMPLE / name)], rules.form):
+        encode_row(row, tokenizer, rules, report)
+    assert report.used == len(read(name)) and not report.cut
 
 
 def test_the_files_are_small() -> None:

@@ -151,3 +151,10 @@ def test_it_runs_as_a_script_from_anywhere(tmp_path, monkeypatch, capsys):
         runpy.run_path(script, run_name="__main__")
     out, err = capsys.readouterr()
     assert (end.value.code, out) == (2, "") and err.startswith("error: nowhere.jsonl: no such file")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read, even by root")
+def test_a_file_that_cannot_be_read_is_a_line_among_the_bad(tmp_path, capsys):
+    good = write(tmp_path / "a.jsonl", ROWS["pretrain"])
+    assert main([str(good), "/proc/self/mem"]) == 1
+    assert "1 bad lines:\n/proc/self/mem: Input/output error\n" in capsys.readouterr().out

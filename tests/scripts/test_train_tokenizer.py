@@ -3,13 +3,17 @@
 import gzip
 import json
 import random
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import zstandard
 from transformers import AutoTokenizer
 
 from dataset.tokenizer import CONTROL_TOKENS, DEFAULT_TOKENIZER, load_tokenizer
 from scripts.train_tokenizer import WORD, derive_merges, main, parse_arguments, read_documents, sample
+from tests.helpers import ROOT
 
 ENGLISH = ["the", "of", "and", "to", "in", "that", "he", "was", "with", "for", "his", "as", "on", "at", "by"]
 CHINESE = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜"
@@ -86,8 +90,32 @@ def test_merges_are_all_ways_to_join_two_pieces() -> None:
     assert derive_merges(pieces) == [("a", "a"), ("a", "aa"), ("aa", "a"), ("a", "b")]
 
 
-def test_bad_rows_are_named(tmp_path: Path) -> None:
+def test_files_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.zst"
+    plain.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}')
+    packed.write_bytes(zstandard.compress(plain.read_bytes()))
+    for path in (plain, packed):
+        assert {document.text for document in read_documents(str(path))} == {"one", "two"}
+
+
+def test_globs_are_read_and_a_bad_row_among_them_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path)
+    with gzip.open(tmp_path / "zh.jsonl.gz", "at") as file:
+        file.write('\n{"txt": "x"}\n')
+    script = str(ROOT / "scripts/train_tokenizer.py")
+    argv = [script, "--data_path", str(tmp_path / "*.jsonl*"), "--out_dir", str(tmp_path / "made")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    where = f"{tmp_path}/zh.jsonl.gz:201"
+    assert end.value.code == f'error: {where}: found the keys \'txt\', expected {{"text": "..."}}'
+    assert not (tmp_path / "made").exists()
+
+
+def test_too_little_text_for_the_vocabulary_says_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "fine"}\n{"txt": "x"}\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: found '\{\"txt\""):
-        read_documents(str(path))
+    path.write_text('{"text": "one two three"}\n')
+    with pytest.raises(ValueError, match="give more text, or a smaller --vocab_size"):
+        main(["--data_path", str(path), "--out_dir", str(tmp_path / "made"), "--held_out", "0"])

@@ -1,20 +1,28 @@
 """From a config as asked to a run's parts: shapes filled in, data divided by data ranks, and errors in one line."""
 
+import errno
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from dataset.loader import ENDLESS
+from dataset import load_tokenizer
+from dataset.encode import SPREAD_FROM
+from dataset.loader import EMPTY_ROW, ENDLESS
 from model import save_pretrained
-from tests.helpers import make_data, write_jsonl
+from tests.dataset.foreign import make_foreign_folder
+from tests.helpers import ROOT, TINY, command, environment, make_data, run_here, write_jsonl
 from training import STAGES, DPOConfig, PretrainConfig, SFTConfig
 from training.config import SHAPE_FLAGS, rules
 from training.distributed import World
 from training.engines import Machine
-from training.setup import load_data, run_identity, run_stage, starting_model, weights_hash
+from training.setup import STOPPED, load_data, run_identity, run_stage, starting_model, weights_hash
 
 SMALL = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
 # for every flag of the model's shape, another value than the folder's
@@ -88,6 +96,24 @@ def test_a_longer_context_than_the_folders_is_allowed_and_shorter_rows_leave_it(
     assert (start.max_seq_len, start.config.max_seq_len, start.model.config.max_seq_len) == (row, row, context)
 
 
+def test_rows_as_long_as_the_folders_context_are_said_where_nobody_asked_for_them(folder, load, capsys):
+    load(here(), cls=SFTConfig, init_from=folder, max_seq_len=None)
+    assert capsys.readouterr().out.startswith(f"rows of 64 tokens, from {folder}; --max_seq_len N changes it\n")
+    load(here(), cls=SFTConfig, init_from=folder)  # asked for
+    load(here(rank=1, size=2), cls=SFTConfig, init_from=folder, max_seq_len=None)  # said by another
+    assert "rows of" not in capsys.readouterr().out
+
+
+def test_a_model_made_elsewhere_is_not_trained_on_rows_of_its_whole_context_unasked(make_model, tmp_path):
+    tokenizer = load_tokenizer(make_foreign_folder(tmp_path))
+    save_pretrained(make_model(n_layers=1, vocab_size=tokenizer.vocab_size, max_seq_len=40_960), tmp_path)
+    for asked, row in ((None, 2048), (4096, 4096), (64, 64)):
+        start = starting_model(SFTConfig(init_from=str(tmp_path), max_seq_len=asked))
+        assert (start.max_seq_len, start.model.config.max_seq_len) == (row, 40_960)
+        said = f"rows of 2,048 tokens, from {tmp_path} (of its context of 40,960); --max_seq_len N changes it"
+        assert start.note == ("" if asked else said)
+
+
 @pytest.mark.parametrize(
     ("config", "script"),
     [(SFTConfig(dim=48), "train_pretrain.py"), (DPOConfig(dim=48), "train_full_sft.py"), (SFTConfig(), "_512 is not")],
@@ -144,9 +170,9 @@ def load(tmp_path):
     """load(machine, **flags) -> Data of 60 short texts, a fifth of them held out."""
     data = make_data(tmp_path)
 
-    def load(machine: Machine, **flags):
-        given = {"data_path": [str(data["pretrain"])], "val_fraction": 0.2, "cache_dir": str(tmp_path / "cache")}
-        return load_data(starting_model(PretrainConfig(**(SMALL | given | flags))), machine)
+    def load(machine: Machine, cls=PretrainConfig, **flags):
+        given = {"data_path": [str(data[cls.stage])], "val_fraction": 0.2, "cache_dir": str(tmp_path / "cache")}
+        return load_data(starting_model(cls(**(SMALL | given | flags))), machine)
 
     return load
 
@@ -179,6 +205,40 @@ def test_epochs_count_rows_and_steps_do_not_end_by_rows(load):
 
 def test_an_epoch_cut_to_less_than_a_row_is_one_row_and_not_all(load):
     assert load(here(), epochs=1e-3).train.total_rows == 1
+
+
+def test_a_micro_batch_is_no_larger_than_an_update_can_fill_and_that_is_said(load, capsys, tmp_path):
+    three = write_jsonl(tmp_path / "three.jsonl", [{"text": "one " * 40}, {"text": "two " * 40}, {"text": "six " * 40}])
+    data = load(here(), data_path=[str(three)], val_fraction=0, batch_size=4096)
+    rows = len(data.train.rows)
+    (batch,) = data.train.update(0)
+    assert batch.input_ids.shape == (rows, 64) and EMPTY_ROW not in batch.row_ids and rows < 9
+    said = f"--batch_size 4,096 is taken as {rows}: an update holds {rows} rows over all processes\n"
+    assert capsys.readouterr().out.endswith(said)
+    ranks = [load(here(rank=rank, size=2), data_path=[str(three)], batch_size=4096) for rank in (0, 1)]
+    assert [data.train.batch_size for data in ranks] == [-(-len(ranks[0].train.rows) // 2)] * 2
+    capsys.readouterr()
+    load(here(), batch_size=2)
+    assert "is taken as" not in capsys.readouterr().out
+
+
+def test_a_micro_batch_is_no_larger_than_the_global_batch(load):
+    train = load(here(size=3), batch_size=16, global_batch_size=8, max_steps=5).train
+    assert (train.batch_size, train.accumulation_steps, train.rows_per_update) == (3, 1, 8)
+
+
+def test_that_no_row_is_held_out_is_said(load, capsys):
+    assert load(here(), val_fraction=1e-9).val is None
+    said = "no validation: --val_fraction 1e-09 gives no row; a larger --val_fraction or other --val_path files do\n"
+    assert said in capsys.readouterr().out
+    load(here(), val_fraction=0)
+    assert "no validation" not in capsys.readouterr().out
+
+
+def test_to_skip_bad_rows_at_a_resume_is_no_other_data_where_no_row_was_bad(load):
+    start, skipping = (starting_model(PretrainConfig(**SMALL, on_bad_row=how)) for how in ("stop", "skip"))
+    data = [load(here(), on_bad_row=how) for how in ("stop", "skip")]
+    assert run_identity(start, data[0]) == run_identity(skipping, data[1])
 
 
 def test_without_a_held_out_part_all_rows_are_learnt(load, tmp_path):
@@ -269,9 +329,51 @@ def test_a_flag_that_is_wrong_is_one_line_and_status_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: --batch_size is 0; it must be at least 1\n"
 
 
-@pytest.mark.parametrize(
-    "error", [KeyError("name"), RuntimeError("shapes do not match"), KeyboardInterrupt()], ids=repr
-)
+SYSTEM = [
+    (PermissionError(errno.EACCES, "Permission denied", "out/x"),
+     "out/x: Permission denied; change its permissions, or give another path"),
+    (OSError(errno.ENOSPC, "No space left on device"),
+     "No space left on device; free some space, then run the same command again"),
+    (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "text"), SYSTEM, ids=[text for _, text in SYSTEM])
+def test_what_the_system_does_not_allow_is_one_line_and_status_2(monkeypatch, capsys, error, text):
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py"])
+    with pytest.raises(SystemExit) as end:
+        run_stage(stop(error), PretrainConfig)
+    assert end.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {text}\n")
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    data = make_data(tmp_path)["pretrain"]
+    done = run_here("pretrain", "--data_path", data, "--cache_dir", tmp_path / "file" / "x", "--out_dir", tmp_path,
+                    *TINY, "--dim", 32)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/file") and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_data_is_prepared_is_one_line_and_status_130_and_leaves_nothing(tmp_path):
+    """In processes: one that prepares, in a group of its own as a terminal makes it, with workers."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"{i} " + "one two three " * 500} for i in range(7000)])
+    assert path.stat().st_size > SPREAD_FROM
+    flags = ["--data_path", path, "--cache_dir", tmp_path / "cache", "--out_dir", tmp_path, "--dim", 32, *TINY]
+    process = subprocess.Popen(command("pretrain", *flags), cwd=ROOT, env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    while not list(tmp_path.glob("cache/*.part/*.arrow")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.5)  # workers are starting
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, f"{STOPPED}\n")
+    assert [each.suffix for each in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("error", [KeyError("name"), RuntimeError("shapes do not match")], ids=repr)
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch, error):
     monkeypatch.setattr(sys, "argv", ["train_pretrain.py"])
     with pytest.raises(type(error)) as found:
