@@ -26,7 +26,7 @@ from dataset.records import DataError, Row, expand_paths, read_rows
 from dataset.tokenizer import TextTokenizer
 
 Files = str | list[str]
-VERSION = 1  # raise it when the same rows and rules give other columns, so that old caches are left alone
+VERSION = 2  # raise it when the same rows and rules give other columns, so that old caches are left alone
 
 
 @dataclass

@@ -14,15 +14,21 @@ Every string without lone surrogates comes back exactly: what has no piece of it
 
 import codecs
 import hashlib
+import itertools
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jinja2
 import numpy as np
 import sentencepiece
+import tokenizers
+from tokenizers import AddedToken
 
 DEFAULT_TOKENIZER = Path(__file__).parent / "tokenizer_6400"
 
@@ -39,8 +45,20 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """What a tokenizer folder may hold; `save` copies those that are there."""
 
+BREAK = "\x01"  # stands between what must not become one token
+PROBE = "\U000f0000"  # a text to look for in what a template writes
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError)
+
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character inside its pieces
 SPACE_MARK_BYTES = [len(CONTROL_TOKENS) + byte for byte in SPACE_MARK.encode()]
+
+
+class Token(NamedTuple):
+    """An id, and the characters it stands for: the number of the first, and of the one after the last."""
+
+    id: int
+    start: int
+    end: int
 
 
 class IncrementalDecoder(Protocol):
@@ -124,7 +142,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Raises ValueError for a lone surrogate, which no UTF-8 text can hold."""
-        _check_encodable(text)
+        check_encodable(text)
         if SPACE_MARK not in text:
             return self._model.encode(text)
         # A literal U+2581 would come back as a space, so it is spelt in its three bytes.
@@ -207,12 +225,13 @@ class HFTokenizer:
         self.folder = Path(folder)
         # untyped: which class it is, and so what its attributes are, depends on the folder
         self.hf: Any = AutoTokenizer.from_pretrained(str(self.folder))
+        self._backend = _fast_backend(self.hf, self.folder)
         self.vocab_size = len(self.hf)
         self.has_chat_template = self.hf.chat_template is not None
-        special = {i: token.content for i, token in self.hf.added_tokens_decoder.items() if token.special}
-        self.control_ids = frozenset(special)
-        self.control_names = list(special.values())
+        self.control_ids = frozenset(i for i, t in self.hf.added_tokens_decoder.items() if self._is_control(t))
+        self._control_name = _any_of([self.hf.added_tokens_decoder[i].content for i in self.control_ids])
         self.bos_id: int | None = self.hf.bos_token_id
+        self.unk_id: int | None = self.hf.unk_token_id
         ends = self._read_end_ids()
         self.eos_id: int = ends[0]
         self.end_of_turn_id = self._find_end_of_turn()
@@ -220,37 +239,73 @@ class HFTokenizer:
         self.pad_id: int = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: a special token's name in it stays text, and no <s> is added."""
-        _check_encodable(text)
-        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Ids of plain text: a control token's name in it stays text, and no <s> is added."""
+        check_encodable(text)
+        return [token.id for token in self.encode_apart(text, [start + 1 for start, _ in self.find_controls(text)])]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of a chat template's own text, in which special tokens' names are special tokens."""
-        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=False)
+        """Ids of a chat template's own text, in which control tokens' names are control tokens."""
+        return [token.id for token in self.encode_apart(text)]
+
+    def encode_apart(self, text: str, breaks: Sequence[int] = ()) -> list[Token]:
+        """Tokens of `text`, in which control tokens' names are control tokens, but none reaches over a break.
+
+        "a<end>b" -> a, <end>, b; with a break at 2: a, <, end, >, b. At each break (a character's number, ascending)
+        stands a character of its own while the text is encoded, and its token is taken out again: what is left and
+        right of it is encoded as in the middle of a text, for many tokenizers treat a text's beginning differently.
+        Raises ValueError where the tokenizer merges that character with its neighbours.
+        """
+        edges = [0, *breaks, len(text)]
+        encoding = self._backend.encode(
+            BREAK.join(text[a:b] for a, b in itertools.pairwise(edges)), add_special_tokens=False
+        )
+        stand = [place + i for i, place in enumerate(breaks)]  # where each BREAK stands
+        tokens = []
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            before, within = bisect_left(stand, start), bisect_left(stand, end)
+            if before == within:
+                tokens.append(Token(token_id, start - before, end - before))
+            elif end - start > 1:
+                around = text[max(0, start - before - 10) : end + 10]
+                raise ValueError(f"{around!r} holds a control token's name that this tokenizer cannot keep as text")
+        return tokens
+
+    def find_controls(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where control tokens' names stand in a text: first character, and the one after the last."""
+        return ((found.start(), found.end(1)) for found in self._control_name.finditer(text))
 
     def apply_template(
         self, messages: Sequence[Mapping[str, object]], tools: object, add_generation_prompt: bool
     ) -> str:
         """The folder's chat template applied to messages and the tools they may call (None: none).
 
-        Raises ValueError when the folder has no template.
+        Raises ValueError when the folder has no template, and when its template refuses the messages.
         """
         if not self.has_chat_template:
-            raise ValueError(f"{self.folder}: this tokenizer has no chat template; add a chat_template.jinja for chat")
-        return self.hf.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
+            raise ValueError(
+                f"{self.folder}: this tokenizer has no chat template; train with --chat_template chatml (or FILE), "
+                "or add a chat_template.jinja for chat"
+            )
+        try:
+            return self.hf.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except TEMPLATE_ERRORS as error:  # its own raise_exception, or what it does with a value it does not expect
+            raise ValueError(
+                f"the chat template of {self.folder} refuses these messages: {str(error) or type(error).__name__}"
+            ) from None
 
     @cached_property
     def generation_header(self) -> str:
-        """What the template writes to let the assistant speak, e.g. "<|im_start|>assistant\\n"."""
-        probe = [{"role": "user", "content": "x"}]
+        """What the template writes to let the assistant speak, e.g. "<|im_start|>assistant\\n"; where it writes
+        nothing for that, as Llama 2's, what it writes after a user's text, " [/INST]"."""
+        probe = [{"role": "user", "content": PROBE}]
         asked, plain = self.apply_template(probe, None, True), self.apply_template(probe, None, False)
-        return asked.removeprefix(plain) if asked.startswith(plain) else ""
+        return (asked.removeprefix(plain) if asked.startswith(plain) else "") or asked.partition(PROBE)[2]
 
     def decode(self, ids: list[int], skip_control: bool = True) -> str:
         """Text of ids."""
@@ -296,12 +351,18 @@ class HFTokenizer:
 
     def _find_end_of_turn(self) -> int:
         """The first special token the template writes after an answer (base models' eos is another)."""
-        if not self.has_chat_template:
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+        try:
+            after = self.apply_template(messages, None, False).partition(PROBE)[2]
+        except ValueError:  # there is no template, or none that says this: chat will tell, if it is asked for
             return self.eos_id
-        marker = "\U000f0000"
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
-        after = self.apply_template(messages, None, False).partition(marker)[2]
         return next((i for i in self.encode_template(after) if i in self.control_ids), self.eos_id)
+
+    def _is_control(self, token: AddedToken) -> bool:
+        """Special tokens, and those that the template writes: Qwen3's <think> and <tool_call> are not called special.
+        What else was added (a word, a run of spaces) is text."""
+        written = isinstance(self.hf.chat_template, str) and token.content in self.hf.chat_template
+        return token.special or (written and not token.content.isspace())
 
 
 class HFStreamDecoder:
@@ -376,7 +437,7 @@ def _bytes_of_piece(piece: str, token_id: int) -> bytes:
     return piece.replace(SPACE_MARK, " ").encode()
 
 
-def _check_encodable(text: str) -> None:
+def check_encodable(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -385,6 +446,24 @@ def _check_encodable(text: str) -> None:
             f"text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start} "
             f"({around!r}), expected valid Unicode; repair or drop this text"
         ) from None
+
+
+def _fast_backend(hf: Any, folder: Path) -> tokenizers.Tokenizer:
+    """What does the work inside a Hugging Face tokenizer, in the form that tells each token's characters."""
+    backend = getattr(hf, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise ValueError(f"{folder}: found a {type(hf).__name__} without tokenizer.json, expected a fast tokenizer")
+    backend.encode_special_tokens = False
+    backend.post_processor = None  # it would add <s>, and leave spaces out of a token's characters
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _any_of(names: list[str]) -> re.Pattern[str]:
+    """Matches before each of the names, which is group 1, also where they overlap; nothing where there are none."""
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile("(?=(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + "))")
 
 
 def _hash_files(folder: Path, names: tuple[str, ...]) -> str:
@@ -397,6 +476,10 @@ def _hash_files(folder: Path, names: tuple[str, ...]) -> str:
 
 def _copy_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
+    if source.resolve() == target.resolve():
+        return
     for name in TOKENIZER_FILES:
-        if (source / name).exists() and source.resolve() != target.resolve():
+        if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+        else:  # of another tokenizer that was here before, and would decide when the folder is opened
+            (target / name).unlink(missing_ok=True)
