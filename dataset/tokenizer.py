@@ -39,9 +39,11 @@ CONTROL_TOKENS = (
 )  # fmt: skip
 """Control tokens in id order: <unk> is 0, <s> is 1, and so on."""
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt",
+    CHAT_TEMPLATE, "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 """What a tokenizer folder may hold; `save` copies those that are there."""
 
@@ -180,7 +182,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the model and the chat template: equal fingerprints give equal ids."""
-        return _hash_files(self.folder, ("tokenizer.model", "chat_template.jinja"))
+        return _hash_files(self.folder, ("tokenizer.model", CHAT_TEMPLATE))
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into a model folder."""
@@ -219,13 +221,16 @@ class HFTokenizer:
     Chat goes through the folder's own template; see `dataset.chat`.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, chat_template: str | None = None) -> None:
+        """`chat_template`, "chatml" or a Jinja file, stands in for the folder's own, also in what `save` writes."""
         from transformers import AutoTokenizer  # seconds to import; only foreign folders need it
 
         self.folder = Path(folder)
         # untyped: which class it is, and so what its attributes are, depends on the folder
         self.hf: Any = AutoTokenizer.from_pretrained(str(self.folder))
         self._backend = _fast_backend(self.hf, self.folder)
+        self._given = {} if chat_template is None else {CHAT_TEMPLATE: _read_template(chat_template, self.hf)}
+        self.hf.chat_template = self._given.get(CHAT_TEMPLATE, self.hf.chat_template)
         self.vocab_size = len(self.hf)
         self.has_chat_template = self.hf.chat_template is not None
         self.control_ids = frozenset(i for i, t in self.hf.added_tokens_decoder.items() if self._is_control(t))
@@ -333,11 +338,13 @@ class HFTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the folder's tokenizer files: equal fingerprints give equal ids."""
-        return _hash_files(self.folder, TOKENIZER_FILES)
+        return _hash_files(self.folder, TOKENIZER_FILES, self._given)
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into a model folder."""
         _copy_files(self.folder, Path(folder))
+        for name, text in self._given.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
 
     def _read_end_ids(self) -> list[int]:
         """The tokenizer's eos, then whatever the generation config names as the end."""
@@ -392,16 +399,22 @@ class HFStreamDecoder:
         return text
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer | HFTokenizer:
-    """The tokenizer of a model folder: this project's own, or any Hugging Face one.
+def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> Tokenizer | HFTokenizer:
+    """The tokenizer of a model folder: this project's own, or any Hugging Face one, and that with another
+    `chat_template` ("chatml" or a Jinja file) where it is to chat differently from what its folder says, if anything.
 
-    Raises ValueError when the folder holds neither.
+    Raises ValueError when the folder holds neither, and for a template beside our own, which chats in one way alone.
     """
     folder = Path(folder)
     if _is_ours(folder / "tokenizer.model"):
+        if chat_template is not None:
+            raise ValueError(
+                f"--chat_template {chat_template}: {folder} holds this project's own tokenizer, which brings its own "
+                "chat format; leave the flag out"
+            )
         return Tokenizer(folder)
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return HFTokenizer(folder)
+        return HFTokenizer(folder, chat_template)
     found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
     raise ValueError(f"{folder}: found {found}, expected a folder with tokenizer.model or tokenizer.json")
 
@@ -466,11 +479,25 @@ def _any_of(names: list[str]) -> re.Pattern[str]:
     return re.compile("(?=(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + "))")
 
 
-def _hash_files(folder: Path, names: tuple[str, ...]) -> str:
+def _read_template(chat_template: str, hf: Any) -> str:
+    """The template that `--chat_template` names. Raises FileNotFoundError for a file that is not there."""
+    path = Path(__file__).parent / "chatml.jinja" if chat_template == "chatml" else Path(chat_template)
+    if not path.is_file():
+        raise FileNotFoundError(f"--chat_template {chat_template}: no such file; give chatml, or a Jinja file")
+    text = path.read_text(encoding="utf-8")
+    if chat_template == "chatml" and "<|im_end|>" not in hf.added_tokens_encoder:
+        # a turn ends with one token that the model knows, and a text cannot hold
+        text = text.replace("<|im_end|>", "' ~ eos_token ~ '")
+    return text
+
+
+def _hash_files(folder: Path, names: tuple[str, ...], given: Mapping[str, str] | None = None) -> str:
+    """Hash of the files of these names that are there; some may be `given` as text instead."""
+    contents = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    contents |= {name: text.encode() for name, text in (given or {}).items()}
     digest = hashlib.sha256()
-    for name in names:
-        if (folder / name).exists():
-            digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
+    for name in (name for name in names if name in contents):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(contents[name]).digest())
     return digest.hexdigest()
 
 

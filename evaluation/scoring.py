@@ -183,7 +183,12 @@ def exact_matches(
     for start in tqdm(range(0, len(tasks), batch_size), desc="answering", leave=False, disable=None):
         prompts, answers = zip(*tasks[start : start + batch_size], strict=True)
         generations = generate(
-            model, prompts, max_new_tokens=max_new_tokens, temperature=0, stop_ids=tokenizer.stop_ids
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=0,
+            stop_ids=tokenizer.stop_ids,
+            vocab_size=tokenizer.vocab_size,
         )
         for generation, answer in zip(generations, answers, strict=True):
             ended = generation.finish_reason == "stop"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from dataset import CONVERSATION, PAIR, DataError, load_tokenizer, render_chat
+from dataset import CONVERSATION, DEFAULT_TOKENIZER, PAIR, DataError, load_tokenizer, render_chat
 from dataset.chat import Rendered
 from dataset.encode import Rules, encode_files
 from dataset.tokenizer import HFTokenizer
-from tests.dataset.foreign import FAMILIES, LLAMA2, QWEN3, make_foreign_folder
+from tests.dataset.foreign import FAMILIES, LLAMA2, QWEN3, make_foreign_folder, make_llama2_folder
 from tests.helpers import write_jsonl
 
 Messages = list[dict[str, Any]]
@@ -189,3 +189,44 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(
         encode_files([str(path)], tokenizer, Rules(CONVERSATION, 512), tmp_path)
     skipped = encode_files([str(path)], tokenizer, Rules(CONVERSATION, 512, "skip"), tmp_path)
     assert skipped.report.used == 2 and json.dumps(skipped.report.bad).count("rows.jsonl:2") == 1
+
+
+# A model that came without a template --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
+def test_chatml_is_given_to_a_tokenizer_without_a_template_and_saved_with_it(tmp_path: Path, end: str) -> None:
+    if end == "</s>":
+        folder = make_llama2_folder(tmp_path / "base", template=None)
+    else:
+        folder = make_foreign_folder(tmp_path / "base", template=None)
+    load_tokenizer(folder, "chatml").save(tmp_path / "run")
+    given, saved = load_tokenizer(folder, "chatml"), opened(tmp_path / "run")
+    assert given.fingerprint == saved.fingerprint != load_tokenizer(folder).fingerprint
+    assert saved.has_chat_template and saved.end_of_turn_id == saved.hf.convert_tokens_to_ids(end)
+    messages = [*chat("hello", "yes", "the weather?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    rendered = render_chat(given, messages)
+    assert rendered == render_chat(saved, messages)
+    messages[-1] = {"role": "assistant", "content": "", **CALLING}
+    assert rendered.ids == template_ids(saved, messages)
+    call = f"<tool_call>{json.dumps(CALL)}</tool_call>"
+    assert saved.decode(supervised(rendered), skip_control=False) == f"yes{end}{call}{end}"
+
+
+def test_a_template_of_ones_own_stands_in_for_the_folders(tmp_path: Path) -> None:
+    folder = make_foreign_folder(tmp_path / "base")
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.role[0] + ':' + m.content + '<|im_end|>' }}{% endfor %}")
+    tokenizer = load_tokenizer(folder, str(file))
+    rendered = render_chat(tokenizer, chat("hello", "yes"))
+    assert tokenizer.decode(rendered.ids, skip_control=False) == "u:hello<|im_end|>a:yes<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("own", "template", "told"),
+    [(False, "chatm", "--chat_template chatm: no such file; give chatml"), (True, "chatml", "this project's own")],
+)
+def test_a_template_that_cannot_be_used_is_named(tmp_path: Path, own: bool, template: str, told: str) -> None:
+    folder = DEFAULT_TOKENIZER if own else make_foreign_folder(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        load_tokenizer(folder, template)
