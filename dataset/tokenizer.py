@@ -246,7 +246,10 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a control token's name in it stays text, and no <s> is added."""
         check_encodable(text)
-        return [token.id for token in self.encode_apart(text, [start + 1 for start, _ in self.find_controls(text)])]
+        breaks = [start + 1 for start, _ in self.find_controls(text)]
+        if not breaks:
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no characters: faster
+        return [token.id for token in self.encode_apart(text, breaks)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text."""
@@ -280,8 +283,12 @@ class HFTokenizer:
         return tokens
 
     def find_controls(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where control tokens' names stand in a text: first character, and the one after the last."""
-        return ((found.start(), found.end(1)) for found in self._control_name.finditer(text))
+        """Where control tokens' names stand in a text, also where they overlap: first character, and the one after the
+        last."""
+        found = self._control_name.search(text)
+        while found is not None:
+            yield found.span()
+            found = self._control_name.search(text, found.start() + 1)
 
     def apply_template(
         self, messages: Sequence[Mapping[str, object]], tools: object, add_generation_prompt: bool
@@ -474,9 +481,9 @@ def _fast_backend(hf: Any, folder: Path) -> tokenizers.Tokenizer:
 
 
 def _any_of(names: list[str]) -> re.Pattern[str]:
-    """Matches before each of the names, which is group 1, also where they overlap; nothing where there are none."""
+    """Matches the longest of the names that stands at a place; nothing where there are none."""
     longest_first = sorted(filter(None, names), key=len, reverse=True)
-    return re.compile("(?=(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + "))")
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _read_template(chat_template: str, hf: Any) -> str:
