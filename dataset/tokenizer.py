@@ -13,6 +13,7 @@ Every string without lone surrogates comes back exactly: what has no piece of it
 """
 
 import codecs
+import contextlib
 import hashlib
 import itertools
 import json
@@ -316,7 +317,7 @@ class HFTokenizer:
         """What the template writes to let the assistant speak, e.g. "<|im_start|>assistant\\n"; where it writes
         nothing for that, as Llama 2's, what it writes after a user's text, " [/INST]"."""
         probe = [{"role": "user", "content": PROBE}]
-        asked, plain = self.apply_template(probe, None, True), self.apply_template(probe, None, False)
+        asked, plain = self._probe(probe, True), self._probe(probe, False)
         return (asked.removeprefix(plain) if asked.startswith(plain) else "") or asked.partition(PROBE)[2]
 
     def decode(self, ids: list[int], skip_control: bool = True) -> str:
@@ -366,11 +367,16 @@ class HFTokenizer:
     def _find_end_of_turn(self) -> int:
         """The first special token the template writes after an answer (base models' eos is another)."""
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
-        try:
-            after = self.apply_template(messages, None, False).partition(PROBE)[2]
-        except ValueError:  # there is no template, or none that says this: chat will tell, if it is asked for
-            return self.eos_id
+        after = self._probe(messages, False).partition(PROBE)[2]
         return next((i for i in self.encode_template(after) if i in self.control_ids), self.eos_id)
+
+    def _probe(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """What the template makes of messages, after a system prompt where it insists on one; "" where it refuses both,
+        or there is none: chat will tell, if it is asked for."""
+        for head in ([], [{"role": "system", "content": "x"}]):
+            with contextlib.suppress(ValueError):
+                return self.apply_template([*head, *messages], None, add_generation_prompt)
+        return ""
 
     def _is_control(self, token: AddedToken) -> bool:
         """Special tokens, and those that the template writes: Qwen3's <think> and <tool_call> are not called special.

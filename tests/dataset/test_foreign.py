@@ -13,7 +13,7 @@ from dataset import CONVERSATION, DEFAULT_TOKENIZER, PAIR, DataError, load_token
 from dataset.chat import Rendered
 from dataset.encode import Rules, encode_files
 from dataset.tokenizer import HFTokenizer
-from tests.dataset.foreign import FAMILIES, LLAMA2, QWEN3, make_foreign_folder, make_llama2_folder
+from tests.dataset.foreign import CHATML, FAMILIES, LLAMA2, QWEN3, make_foreign_folder, make_llama2_folder
 from tests.helpers import write_jsonl
 
 Messages = list[dict[str, Any]]
@@ -189,6 +189,15 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(
         encode_files([str(path)], tokenizer, Rules(CONVERSATION, 512), tmp_path)
     skipped = encode_files([str(path)], tokenizer, Rules(CONVERSATION, 512, "skip"), tmp_path)
     assert skipped.report.used == 2 and json.dumps(skipped.report.bad).count("rows.jsonl:2") == 1
+
+
+def test_a_template_that_wants_a_system_prompt_renders_rows_that_have_one(tmp_path: Path) -> None:
+    refusing = "{% if messages[0].role != 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    tokenizer = opened(make_foreign_folder(tmp_path, refusing + CHATML))
+    rendered = render_chat(tokenizer, chat("hello", "yes", system="tree"))
+    assert tokenizer.decode(supervised(rendered), skip_control=False) == "yes<|im_end|>"
+    with pytest.raises(ValueError, match="refuses these messages: no system prompt"):
+        render_chat(tokenizer, chat("hello", "yes"))
 
 
 # A model that came without a template --------------------------------------------------------------------------------
