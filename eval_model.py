@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import io
 import json
+import locale
+import os
 import re
 import sys
 import typing
@@ -228,8 +230,7 @@ def tell(notice: Notice) -> None:
 
 def talk(session: Session) -> None:
     """Read messages and commands from a terminal until /exit or Ctrl-D."""
-    with contextlib.suppress(ImportError):  # Windows has it built in
-        import readline  # noqa: F401 - gives input() line editing and history
+    edit_lines()
     say("continuing texts; /help lists commands" if session.raw else "chatting; /help lists commands")
     while True:
         try:
@@ -252,6 +253,22 @@ def talk(session: Session) -> None:
             say("\n[stopped]")
         except (ValueError, OSError) as error:
             say(f"error: {error}")
+
+
+def edit_lines() -> None:
+    """Give input() line editing and history. What is pasted is one message, whatever lines it has, and every UTF-8
+    character can be typed, whatever the locale says."""
+    speak_utf8(sys.stdin)
+    if locale.setlocale(locale.LC_CTYPE) in ("C", "POSIX"):
+        with contextlib.suppress(locale.Error):  # readline asks the environment how many bytes a character has
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+            os.environ["LC_ALL"] = "C.UTF-8"
+    with contextlib.suppress(ImportError):  # Windows has line editing built in
+        import readline
+
+        # where there is no such locale, a byte beyond ASCII is still no command (Alt-? would list the folder)
+        for setting in ("enable-bracketed-paste on", "input-meta on", "output-meta on", "convert-meta off"):
+            readline.parse_and_bind(f"set {setting}")
 
 
 def command(session: Session, line: str) -> None:

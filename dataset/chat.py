@@ -19,9 +19,9 @@ searched for afterwards, and the text of a message can never become a control to
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypedDict, cast
+from typing import NamedTuple, TypedDict
 
-from dataset.tokenizer import HFTokenizer, TextTokenizer, Tokenizer
+from dataset.tokenizer import HFTokenizer, TextTokenizer, Tokenizer, check_encodable
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -179,7 +179,7 @@ def parse_answer(text: str) -> Message:
         calls = [json.loads(call) for call in re.findall(form, text, re.DOTALL)]
     except ValueError:  # not a call that could be rendered: it stays in the text
         calls = []
-    if calls and all(isinstance(call, dict) for call in calls):
+    if calls and all(isinstance(call, dict) and isinstance(call.get("name", ""), str) for call in calls):
         message["tool_calls"], text = calls, re.sub(form, "", text, flags=re.DOTALL)
     message["content"] = text
     return message
@@ -188,25 +188,38 @@ def parse_answer(text: str) -> Message:
 # Other models' templates ----------------------------------------------------------------------
 
 FIRST_PLACEHOLDER = 0xF0000  # private-use characters, which no template contains
+MARK = "\x01"  # follows each of them; where a template writes JSON, it becomes \u0001
+
+
+class Part(NamedTuple):
+    """A bit of what a template rendered: its own text, or people's."""
+
+    text: str
+    written: bool  # by people: nothing in it is a control token
+    supervised: bool
 
 
 class _Placeholders:
-    """Stands one private-use character in for each text, so that a template never sees what people wrote.
+    """Stands a private-use character in for each text, so that a template never sees what people wrote.
 
-    "<|im_end|> hi" of message 1 -> "\\U000f0000", and the rendered template says where that text belongs.
+    " <|im_end|> hi\n" of message 1 -> " \U000f0000\x01\n", and the rendered template says where that text belongs. The
+    white space around a text stays outside, so that a template that trims its texts trims this one too.
     """
 
-    def __init__(self, control_names: list[str]) -> None:
+    def __init__(self, tokenizer: HFTokenizer) -> None:
         self.texts: dict[str, tuple[str, int]] = {}  # placeholder -> (text, number of its message)
-        self._control_names = control_names
+        self._find_controls = tokenizer.find_controls
 
-    def hide(self, text: str, number: int) -> str:
-        """A placeholder for `text`; an empty text stays, since templates ask whether there is any."""
-        if not text:
+    def hide(self, text: str, number: int, even_empty: bool = False) -> str:
+        """A placeholder for `text`. An empty text stays, since templates ask whether there is any, unless `even_empty`:
+        where nothing else shows that this message was here."""
+        core = text.strip()
+        if not core and not even_empty:
             return text
         placeholder = chr(FIRST_PLACEHOLDER + len(self.texts))
-        self.texts[placeholder] = (text, number)
-        return placeholder
+        self.texts[placeholder] = (core, number)
+        before, _, after = text.partition(core) if core else (text, "", "")
+        return before + placeholder + MARK + after
 
     def hide_in_json(self, value: JSON, number: int) -> JSON:
         """Hide those strings of a JSON value that could be taken for control tokens or placeholders."""
@@ -221,52 +234,82 @@ class _Placeholders:
         return {self._hide_dangerous(k, number): self.hide_in_json(v, number) for k, v in value.items()}
 
     def _hide_dangerous(self, text: str, number: int) -> str:
-        if any(name in text for name in self._control_names) or any(ord(c) >= FIRST_PLACEHOLDER for c in text):
-            return self.hide(_dump(text)[1:-1], number)  # as it is written inside a JSON string
+        if any(self._find_controls(text)) or any(ord(c) >= FIRST_PLACEHOLDER for c in text):
+            return self.hide(text, number)
         return text
 
-    def split(self, rendered: str) -> list[str]:
-        """[template text, placeholder, template text, ..., template text]"""
-        return re.split("([" + "".join(self.texts) + "])", rendered) if self.texts else [rendered]
+    def split(self, rendered: str) -> list[tuple[str, int | None]]:
+        """(text, number of the message whose it is, None for the template's own), in turn, a template's text first
+        and last."""
+        if not self.texts:
+            return [(rendered, None)]
+        form = "([" + "".join(self.texts) + "])(" + MARK + r"|\\u0001)"
+        texts: list[tuple[str, int | None]] = []
+        end = 0
+        for found in re.finditer(form, rendered):
+            text, number = self.texts[found[1]]
+            as_json = found[2] != MARK
+            texts += [(rendered[end : found.start()], None), (_dump(text)[1:-1] if as_json else text, number)]
+            end = found.end()
+        return [*texts, (rendered[end:], None)]
 
 
 def _render_template(tokenizer: HFTokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
-    """Render with the folder's own template: only its own text may hold special tokens."""
-    places = _Placeholders(tokenizer.control_names)
+    """Render with the folder's own template; the whole text is encoded as one, as `apply_chat_template` does it."""
+    places = _Placeholders(tokenizer)
     hidden, tools = _hide_messages(messages, places)
-    parts = places.split(tokenizer.apply_template(hidden, tools, add_generation_prompt))
-
-    def speaking(i: int) -> int | None:
-        """Number of the assistant message whose text part `i` is, else None."""
-        number = places.texts[parts[i]][1] if 0 < i < len(parts) else None
-        return number if number is not None and messages[number]["role"] == "assistant" else None
-
-    rendered = Rendered([], [])
-    for i, part in enumerate(parts):
-        if i % 2:
-            runs = [(tokenizer.encode(places.texts[part][0]), speaking(i) is not None)]
+    texts = places.split(tokenizer.apply_template(hidden, tools, add_generation_prompt))
+    # number of the assistant message that says it, None where nobody or another says it
+    speaking = [None if n is None or messages[n]["role"] != "assistant" else n for _, n in texts]
+    parts: list[Part] = []
+    for i, (text, number) in enumerate(texts):
+        if number is not None:
+            parts.append(Part(text, True, speaking[i] is not None))
         else:
-            runs = _template_runs(tokenizer, part, speaking(i - 1), speaking(i + 1))
-        for ids, supervised in runs:
-            rendered.ids.extend(ids)
-            rendered.mask.extend([supervised] * len(ids))
-    return rendered
+            before, after = (speaking[j] if 0 <= j < len(texts) else None for j in (i - 1, i + 1))
+            parts += _template_parts(tokenizer, text, before, after)
+    return _encode_parts(tokenizer, parts)
 
 
-def _template_runs(
-    tokenizer: HFTokenizer, part: str, before: int | None, after: int | None
-) -> list[tuple[list[int], bool]]:
-    """(ids, supervised) of template text between the texts of assistant messages `before` and `after`."""
+def _template_parts(tokenizer: HFTokenizer, text: str, before: int | None, after: int | None) -> list[Part]:
+    """Template text between the texts of assistant messages `before` and `after`, by who learns it."""
     if before is not None and before == after:  # inside one turn, e.g. between reasoning and content
-        return [(tokenizer.encode_template(part), True)]
+        return [Part(text, False, True)]
     # What stands between the assistant's header and its first text (an opening <think>) is its own too.
     header = tokenizer.generation_header
-    cut = part.rfind(header) + len(header) if after is not None and header and header in part else len(part)
-    ids = tokenizer.encode_template(part[:cut])
+    cut = text.rfind(header) + len(header) if after is not None and header and header in text else len(text)
     end = 0
     if before is not None:
-        end = next((j + 1 for j, token_id in enumerate(ids) if token_id in tokenizer.stop_ids), 0)
-    return [(ids[:end], True), (ids[end:], False), (tokenizer.encode_template(part[cut:]), True)]
+        end = next((token.end for token in tokenizer.encode_apart(text[:cut]) if token.id in tokenizer.stop_ids), 0)
+    return [Part(text[:end], False, True), Part(text[end:cut], False, False), Part(text[cut:], False, True)]
+
+
+def _encode_parts(tokenizer: HFTokenizer, parts: list[Part]) -> Rendered:
+    """Ids and mask of all parts, encoded as one text. It is broken in two places alone: in a control token's name that
+    people wrote, and where a token would reach from a prompt into its answer, which the model has to begin by itself.
+
+    Raises ValueError where the tokenizer makes a control token of people's text even so.
+    """
+    text = "".join(part.text for part in parts)
+    check_encodable(text)
+    # of each character
+    written = b"".join(bytes([part.written]) * len(part.text) for part in parts)
+    supervised = b"".join(bytes([part.supervised]) * len(part.text) for part in parts)
+    breaks = {start + 1 for start, end in tokenizer.find_controls(text) if any(written[start:end])}
+    tokens = tokenizer.encode_apart(text, sorted(breaks))
+    begun = [
+        supervised.index(True, token.start)
+        for token in tokens
+        if any(supervised[token.start : token.end]) and not supervised[token.start]
+    ]
+    if begun:
+        tokens = tokenizer.encode_apart(text, sorted(breaks.union(begun)))
+    for token in tokens:
+        if token.id in tokenizer.control_ids - {tokenizer.unk_id} and any(written[token.start : token.end]):
+            raise ValueError(
+                f"found {text[token.start : token.end]!r} in a message, which this tokenizer cannot keep as text"
+            )
+    return Rendered([token.id for token in tokens], [bool(supervised[token.start]) for token in tokens])
 
 
 def _hide_messages(messages: Sequence[Message], places: _Placeholders) -> tuple[list[Message], JSON]:
@@ -276,19 +319,24 @@ def _hide_messages(messages: Sequence[Message], places: _Placeholders) -> tuple[
     for number, message in enumerate(messages):
         where = f"message {number}"
         role, content, reasoning = _check(message, where)
-        turn: Message = {"role": role, "content": places.hide(content, number)}
+        calls = parse_tool_calls(message.get("tool_calls"), where)
+        silent = role == "assistant" and not calls
+        turn: Message = {"role": role, "content": places.hide(content, number, even_empty=silent)}
         if reasoning:
             turn["reasoning_content"] = places.hide(reasoning, number)
         if message.get("tools"):
             tools = places.hide_in_json(_parse_json(message["tools"], f"{where}: tools"), number)
             tools = [tools] if isinstance(tools, dict) else tools
-        calls: list[JSON] = []
-        for call in parse_tool_calls(message.get("tool_calls"), where):
-            call = places.hide_in_object(call, number)
-            # A call's name is always hidden: a turn that is only a call must be seen as the assistant's.
-            name = places.hide(cast(str, call.get("name", "")), number)  # that it is a string, nothing has checked
-            calls.append({"type": "function", "function": {**call, "name": name}})
         if calls:
-            turn["tool_calls"] = calls
+            turn["tool_calls"] = [_hide_call(call, number, places) for call in calls]
         hidden.append(turn)
     return hidden, tools
+
+
+def _hide_call(call: dict[str, JSON], number: int, places: _Placeholders) -> JSON:
+    """A call as templates expect it. Its name is always hidden: a turn that is only a call must be seen as the
+    assistant's."""
+    name = call.get("name", "")
+    if not isinstance(name, str):
+        raise ValueError(f"message {number}: found {name!r} as the name of a tool call, expected a string")
+    return {"type": "function", "function": {**places.hide_in_object(call, number), "name": places.hide(name, number)}}

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import datasets
 import numpy as np
 
-from dataset.chat import ROLES, render_chat
+from dataset.chat import ROLES, Message, render_chat
 from dataset.loader import PairRows, Report, TextRows
 from dataset.tokenizer import TextTokenizer
 
@@ -186,16 +186,21 @@ class PairForm(Form):
 
     def render(self, row: Value, tokenizer: TextTokenizer) -> list[Rendered]:
         prompt = len(self.prompt(row, tokenizer))
-        sides = {side: render_chat(tokenizer, row[side]).ids for side in ("chosen", "rejected")}
+        sides = {side: self.side(row[side], tokenizer) for side in ("chosen", "rejected")}
         return [Rendered(side, ids, [i >= prompt for i in range(len(ids))]) for side, ids in sides.items()]
 
     def prompt(self, row: Value, tokenizer: TextTokenizer) -> list[int]:
         return render_chat(tokenizer, row["chosen"][:-1], add_generation_prompt=True).ids
 
+    def side(self, messages: list[Message], tokenizer: TextTokenizer) -> list[int]:
+        """Prompt and answer, up to the answer's end: what a template writes after it is learnt by nobody."""
+        rendered = render_chat(tokenizer, messages)
+        return rendered.ids[: max((i + 1 for i, kept in enumerate(rendered.mask) if kept), default=None)]
+
     def encode(self, row: Value, tokenizer: TextTokenizer, max_seq_len: int, report: Report) -> Tokens | None:
         """Both answers after one rendering of the prompt; answers are cut at max_seq_len, prompts never."""
         prompt, limit = self.prompt(row, tokenizer), max_seq_len + 1
-        sides = {side: render_chat(tokenizer, row[side]).ids for side in ("chosen", "rejected")}
+        sides = {side: self.side(row[side], tokenizer) for side in ("chosen", "rejected")}
         for side, ids in sides.items():
             if ids[: len(prompt)] != prompt:
                 raise ValueError(

@@ -13,16 +13,23 @@ Every string without lone surrogates comes back exactly: what has no piece of it
 """
 
 import codecs
+import contextlib
 import hashlib
+import itertools
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jinja2
 import numpy as np
 import sentencepiece
+import tokenizers
+from tokenizers import AddedToken
 
 DEFAULT_TOKENIZER = Path(__file__).parent / "tokenizer_6400"
 
@@ -33,14 +40,28 @@ CONTROL_TOKENS = (
 )  # fmt: skip
 """Control tokens in id order: <unk> is 0, <s> is 1, and so on."""
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt",
+    CHAT_TEMPLATE, "chat_template.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 """What a tokenizer folder may hold; `save` copies those that are there."""
 
+BREAK = "\x01"  # stands between what must not become one token
+PROBE = "\U000f0000"  # a text to look for in what a template writes
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError)
+
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character inside its pieces
 SPACE_MARK_BYTES = [len(CONTROL_TOKENS) + byte for byte in SPACE_MARK.encode()]
+
+
+class Token(NamedTuple):
+    """An id, and the characters it stands for: the number of the first, and of the one after the last."""
+
+    id: int
+    start: int
+    end: int
 
 
 class IncrementalDecoder(Protocol):
@@ -124,7 +145,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Raises ValueError for a lone surrogate, which no UTF-8 text can hold."""
-        _check_encodable(text)
+        check_encodable(text)
         if SPACE_MARK not in text:
             return self._model.encode(text)
         # A literal U+2581 would come back as a space, so it is spelt in its three bytes.
@@ -162,7 +183,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the model and the chat template: equal fingerprints give equal ids."""
-        return _hash_files(self.folder, ("tokenizer.model", "chat_template.jinja"))
+        return _hash_files(self.folder, ("tokenizer.model", CHAT_TEMPLATE))
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into a model folder."""
@@ -201,18 +222,22 @@ class HFTokenizer:
     Chat goes through the folder's own template; see `dataset.chat`.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, chat_template: str | None = None) -> None:
+        """`chat_template`, "chatml" or a Jinja file, stands in for the folder's own, also in what `save` writes."""
         from transformers import AutoTokenizer  # seconds to import; only foreign folders need it
 
         self.folder = Path(folder)
         # untyped: which class it is, and so what its attributes are, depends on the folder
         self.hf: Any = AutoTokenizer.from_pretrained(str(self.folder))
+        self._backend = _fast_backend(self.hf, self.folder)
+        self._given = {} if chat_template is None else {CHAT_TEMPLATE: _read_template(chat_template, self.hf)}
+        self.hf.chat_template = self._given.get(CHAT_TEMPLATE, self.hf.chat_template)
         self.vocab_size = len(self.hf)
         self.has_chat_template = self.hf.chat_template is not None
-        special = {i: token.content for i, token in self.hf.added_tokens_decoder.items() if token.special}
-        self.control_ids = frozenset(special)
-        self.control_names = list(special.values())
+        self.control_ids = frozenset(i for i, t in self.hf.added_tokens_decoder.items() if self._is_control(t))
+        self._control_name = _any_of([self.hf.added_tokens_decoder[i].content for i in self.control_ids])
         self.bos_id: int | None = self.hf.bos_token_id
+        self.unk_id: int | None = self.hf.unk_token_id
         ends = self._read_end_ids()
         self.eos_id: int = ends[0]
         self.end_of_turn_id = self._find_end_of_turn()
@@ -220,37 +245,80 @@ class HFTokenizer:
         self.pad_id: int = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: a special token's name in it stays text, and no <s> is added."""
-        _check_encodable(text)
-        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Ids of plain text: a control token's name in it stays text, and no <s> is added."""
+        check_encodable(text)
+        breaks = [start + 1 for start, _ in self.find_controls(text)]
+        if not breaks:
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no characters: faster
+        return [token.id for token in self.encode_apart(text, breaks)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of a chat template's own text, in which special tokens' names are special tokens."""
-        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=False)
+        """Ids of a chat template's own text, in which control tokens' names are control tokens."""
+        return [token.id for token in self.encode_apart(text)]
+
+    def encode_apart(self, text: str, breaks: Sequence[int] = ()) -> list[Token]:
+        """Tokens of `text`, in which control tokens' names are control tokens, but none reaches over a break.
+
+        "a<end>b" -> a, <end>, b; with a break at 2: a, <, end, >, b. At each break (a character's number, ascending)
+        stands a character of its own while the text is encoded, and its token is taken out again: what is left and
+        right of it is encoded as in the middle of a text, for many tokenizers treat a text's beginning differently.
+        Raises ValueError where the tokenizer merges that character with its neighbours.
+        """
+        edges = [0, *breaks, len(text)]
+        encoding = self._backend.encode(
+            BREAK.join(text[a:b] for a, b in itertools.pairwise(edges)), add_special_tokens=False
+        )
+        stand = [place + i for i, place in enumerate(breaks)]  # where each BREAK stands
+        tokens = []
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            before, within = bisect_left(stand, start), bisect_left(stand, end)
+            if before == within:
+                tokens.append(Token(token_id, start - before, end - before))
+            elif end - start > 1:
+                around = text[max(0, start - before - 10) : end + 10]
+                raise ValueError(f"{around!r} holds a control token's name that this tokenizer cannot keep as text")
+        return tokens
+
+    def find_controls(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where control tokens' names stand in a text, also where they overlap: first character, and the one after the
+        last."""
+        found = self._control_name.search(text)
+        while found is not None:
+            yield found.span()
+            found = self._control_name.search(text, found.start() + 1)
 
     def apply_template(
         self, messages: Sequence[Mapping[str, object]], tools: object, add_generation_prompt: bool
     ) -> str:
         """The folder's chat template applied to messages and the tools they may call (None: none).
 
-        Raises ValueError when the folder has no template.
+        Raises ValueError when the folder has no template, and when its template refuses the messages.
         """
         if not self.has_chat_template:
-            raise ValueError(f"{self.folder}: this tokenizer has no chat template; add a chat_template.jinja for chat")
-        return self.hf.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
+            raise ValueError(
+                f"{self.folder}: this tokenizer has no chat template; train with --chat_template chatml (or FILE), "
+                "or add a chat_template.jinja for chat"
+            )
+        try:
+            return self.hf.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except TEMPLATE_ERRORS as error:  # its own raise_exception, or what it does with a value it does not expect
+            raise ValueError(
+                f"the chat template of {self.folder} refuses these messages: {str(error) or type(error).__name__}"
+            ) from None
 
     @cached_property
     def generation_header(self) -> str:
-        """What the template writes to let the assistant speak, e.g. "<|im_start|>assistant\\n"."""
-        probe = [{"role": "user", "content": "x"}]
-        asked, plain = self.apply_template(probe, None, True), self.apply_template(probe, None, False)
-        return asked.removeprefix(plain) if asked.startswith(plain) else ""
+        """What the template writes to let the assistant speak, e.g. "<|im_start|>assistant\\n"; where it writes
+        nothing for that, as Llama 2's, what it writes after a user's text, " [/INST]"."""
+        probe = [{"role": "user", "content": PROBE}]
+        asked, plain = self._probe(probe, True), self._probe(probe, False)
+        return (asked.removeprefix(plain) if asked.startswith(plain) else "") or asked.partition(PROBE)[2]
 
     def decode(self, ids: list[int], skip_control: bool = True) -> str:
         """Text of ids."""
@@ -278,11 +346,13 @@ class HFTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the folder's tokenizer files: equal fingerprints give equal ids."""
-        return _hash_files(self.folder, TOKENIZER_FILES)
+        return _hash_files(self.folder, TOKENIZER_FILES, self._given)
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into a model folder."""
         _copy_files(self.folder, Path(folder))
+        for name, text in self._given.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
 
     def _read_end_ids(self) -> list[int]:
         """The tokenizer's eos, then whatever the generation config names as the end."""
@@ -296,12 +366,23 @@ class HFTokenizer:
 
     def _find_end_of_turn(self) -> int:
         """The first special token the template writes after an answer (base models' eos is another)."""
-        if not self.has_chat_template:
-            return self.eos_id
-        marker = "\U000f0000"
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
-        after = self.apply_template(messages, None, False).partition(marker)[2]
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+        after = self._probe(messages, False).partition(PROBE)[2]
         return next((i for i in self.encode_template(after) if i in self.control_ids), self.eos_id)
+
+    def _probe(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """What the template makes of messages, after a system prompt where it insists on one; "" where it refuses both,
+        or there is none: chat will tell, if it is asked for."""
+        for head in ([], [{"role": "system", "content": "x"}]):
+            with contextlib.suppress(ValueError):
+                return self.apply_template([*head, *messages], None, add_generation_prompt)
+        return ""
+
+    def _is_control(self, token: AddedToken) -> bool:
+        """Special tokens, and those that the template writes: Qwen3's <think> and <tool_call> are not called special.
+        What else was added (a word, a run of spaces) is text."""
+        written = isinstance(self.hf.chat_template, str) and token.content in self.hf.chat_template
+        return token.special or (written and not token.content.isspace())
 
 
 class HFStreamDecoder:
@@ -331,16 +412,22 @@ class HFStreamDecoder:
         return text
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer | HFTokenizer:
-    """The tokenizer of a model folder: this project's own, or any Hugging Face one.
+def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> Tokenizer | HFTokenizer:
+    """The tokenizer of a model folder: this project's own, or any Hugging Face one, and that with another
+    `chat_template` ("chatml" or a Jinja file) where it is to chat differently from what its folder says, if anything.
 
-    Raises ValueError when the folder holds neither.
+    Raises ValueError when the folder holds neither, and for a template beside our own, which chats in one way alone.
     """
     folder = Path(folder)
     if _is_ours(folder / "tokenizer.model"):
+        if chat_template is not None:
+            raise ValueError(
+                f"--chat_template {chat_template}: {folder} holds this project's own tokenizer, which brings its own "
+                "chat format; leave the flag out"
+            )
         return Tokenizer(folder)
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return HFTokenizer(folder)
+        return HFTokenizer(folder, chat_template)
     found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
     raise ValueError(f"{folder}: found {found}, expected a folder with tokenizer.model or tokenizer.json")
 
@@ -376,7 +463,7 @@ def _bytes_of_piece(piece: str, token_id: int) -> bytes:
     return piece.replace(SPACE_MARK, " ").encode()
 
 
-def _check_encodable(text: str) -> None:
+def check_encodable(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -387,16 +474,52 @@ def _check_encodable(text: str) -> None:
         ) from None
 
 
-def _hash_files(folder: Path, names: tuple[str, ...]) -> str:
+def _fast_backend(hf: Any, folder: Path) -> tokenizers.Tokenizer:
+    """What does the work inside a Hugging Face tokenizer, in the form that tells each token's characters."""
+    backend = getattr(hf, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise ValueError(f"{folder}: found a {type(hf).__name__} without tokenizer.json, expected a fast tokenizer")
+    backend.encode_special_tokens = False
+    backend.post_processor = None  # it would add <s>, and leave spaces out of a token's characters
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _any_of(names: list[str]) -> re.Pattern[str]:
+    """Matches the longest of the names that stands at a place; nothing where there are none."""
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _read_template(chat_template: str, hf: Any) -> str:
+    """The template that `--chat_template` names. Raises FileNotFoundError for a file that is not there."""
+    path = Path(__file__).parent / "chatml.jinja" if chat_template == "chatml" else Path(chat_template)
+    if not path.is_file():
+        raise FileNotFoundError(f"--chat_template {chat_template}: no such file; give chatml, or a Jinja file")
+    text = path.read_text(encoding="utf-8")
+    if chat_template == "chatml" and "<|im_end|>" not in hf.added_tokens_encoder:
+        # a turn ends with one token that the model knows, and a text cannot hold
+        text = text.replace("<|im_end|>", "' ~ eos_token ~ '")
+    return text
+
+
+def _hash_files(folder: Path, names: tuple[str, ...], given: Mapping[str, str] | None = None) -> str:
+    """Hash of the files of these names that are there; some may be `given` as text instead."""
+    contents = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    contents |= {name: text.encode() for name, text in (given or {}).items()}
     digest = hashlib.sha256()
-    for name in names:
-        if (folder / name).exists():
-            digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
+    for name in (name for name in names if name in contents):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(contents[name]).digest())
     return digest.hexdigest()
 
 
 def _copy_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
+    if source.resolve() == target.resolve():
+        return
     for name in TOKENIZER_FILES:
-        if (source / name).exists() and source.resolve() != target.resolve():
+        if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+        else:  # of another tokenizer that was here before, and would decide when the folder is opened
+            (target / name).unlink(missing_ok=True)

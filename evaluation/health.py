@@ -63,6 +63,7 @@ def answer_ids(
             temperature=temperature,
             seed=None if seed is None else seed + start,
             stop_ids=tokenizer.stop_ids,
+            vocab_size=tokenizer.vocab_size,
         )
         answers += [Answer(tokenizer.decode(g.ids), g.ids, g.finish_reason == "stop") for g in generations]
     return answers

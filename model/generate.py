@@ -34,13 +34,15 @@ def stream(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     stop_ids: Sequence[int] = (),
+    vocab_size: int | None = None,
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield one list a step with each prompt's next token, stop tokens included; None once a prompt has finished.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 are off. A row ends at a stop token, after max_new_tokens, or when the
-    context (config.max_seq_len) is full. Raises ValueError for an empty prompt, one that fills the context, or a
-    sampling setting out of range.
+    temperature 0 is greedy. top_k 0 and top_p 1 are off. Ids from `vocab_size` (the tokenizer's) on are never drawn: a
+    model may have more rows than its tokenizer has tokens (None: all may be). A row ends at a stop token, after
+    max_new_tokens, or when the context (config.max_seq_len) is full. Raises ValueError for an empty prompt, one that
+    fills the context, or a sampling setting out of range.
     """
     check_arguments(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     device = next(model.parameters()).device
@@ -56,6 +58,8 @@ def stream(
         with torch.inference_mode():
             logits = model(ids, positions, cache=cache)[:, -1].float()
             logits = penalise_repetition(logits, seen, repetition_penalty)
+            if vocab_size is not None:
+                logits[:, vocab_size:] = -torch.inf
             ids = sample(logits, temperature, top_k, top_p, generator)
             seen.scatter_(1, ids, True)
             positions = positions[:, -1:] + 1

@@ -110,8 +110,10 @@ class Session:
         seed = None if self.seed is None else self.seed + self.answers
         self.answers += 1
         decoder = self.tokenizer.stream_decoder(skip_control=False)
-        stop_ids = self.tokenizer.stop_ids
-        for (token,) in stream(self.model, [prompt], stop_ids=stop_ids, seed=seed, **self.sampling):
+        stop_ids, vocab_size = self.tokenizer.stop_ids, self.tokenizer.vocab_size
+        for (token,) in stream(
+            self.model, [prompt], stop_ids=stop_ids, vocab_size=vocab_size, seed=seed, **self.sampling
+        ):
             assert token is not None
             if token in stop_ids:
                 yield decoder.flush()

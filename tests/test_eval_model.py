@@ -250,14 +250,15 @@ def test_an_answer_stopped_halfway_is_kept(session):
 class Terminal:
     """eval_model.py on a pseudo terminal."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, **environment):
         import pty
 
         self.process, self.end = pty.fork()
         if self.process == 0:
             os.chdir(ROOT)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and hands that on
-            os.execv(sys.executable, [sys.executable, "eval_model.py", *map(str, flags)])
+            command = [sys.executable, "eval_model.py", *map(str, flags)]
+            os.execve(sys.executable, command, os.environ | {"TERM": "xterm"} | environment)
         self.text = ""
 
     def expect(self, wanted: str, seconds: float = 120.0) -> str:
@@ -317,6 +318,25 @@ def test_chat_and_commands_at_a_terminal(out, tmp_path):
     assert terminal.status() == 0
     (row,) = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
     assert row["conversations"] == [{"role": "system", "content": "You are kind."}, *CONVERSATIONS[2]]
+
+
+@needs_terminal
+def test_pasted_lines_are_one_message_and_any_character_can_be_typed_in_any_locale(out, tmp_path):
+    terminal = Terminal("--out_dir", out, "--temperature", 0, LC_ALL="C")
+    saved = tmp_path / "chat.jsonl"
+    pasted = "你是谁？\nWho are you?\n\tend"
+    for keys, answer in [
+        ("你是谁x\x7f？\n", "我是一颗种子。"),  # one key takes back one character
+        ("\x1b[200~" + pasted.replace("\n", "\r") + "\x1b[201~\r", "\n"),
+        (f"/save {saved}\n", "[appended to"),
+        ("/exit\n", "\n"),
+    ]:
+        terminal.expect("\x1b[?2004h> ")  # the terminal is asked to mark what is pasted
+        terminal.send(keys)
+        terminal.expect(answer)
+    assert terminal.status() == 0
+    (row,) = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
+    assert [m["content"] for m in row["conversations"] if m["role"] == "user"] == ["你是谁？", pasted]
 
 
 @needs_terminal

@@ -262,6 +262,19 @@ class Config:
                 )
 
 
+@dataclass(kw_only=True)
+class ChatConfig(Config):
+    """What the stages share that learn from conversations."""
+
+    chat_template: str | None = flag(
+        None,
+        "chatml or a Jinja file: how another family's model is to chat, instead of as its folder says; "
+        "saved with the model",
+        "files",
+        by_node=True,
+    )
+
+
 SHAPE_FLAGS = tuple(name for name, rule in rules(Config).items() if rule.shape)
 
 C = TypeVar("C", bound=Config)

@@ -298,6 +298,7 @@ class Run:
                 top_p=0.9,
                 seed=self.progress.step,
                 stop_ids=self.tokenizer.stop_ids,
+                vocab_size=self.tokenizer.vocab_size,
             )
         self.metrics.sample(self.progress.step, prompt, self.tokenizer.decode(answer.ids))
 

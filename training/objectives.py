@@ -20,7 +20,7 @@ from torch import Tensor
 from dataset import CONVERSATION, PAIR, TEXT
 from dataset.batch import Batch, PairBatch
 from dataset.forms import Form
-from training.config import SAMPLE, Config, flag
+from training.config import SAMPLE, ChatConfig, Config, flag
 from training.metrics import Record
 
 Sums = dict[str, Tensor]
@@ -63,7 +63,7 @@ class PretrainConfig(Config):
 
 
 @dataclass(kw_only=True)
-class SFTConfig(Config):
+class SFTConfig(ChatConfig):
     """Supervised fine-tuning on conversations; the loss stands on the assistant's turns only."""
 
     stage: ClassVar[str] = "full_sft"
@@ -112,7 +112,7 @@ class NextToken:
 
 
 @dataclass(kw_only=True)
-class DPOConfig(Config):
+class DPOConfig(ChatConfig):
     """Direct preference optimization on pairs of answers."""
 
     stage: ClassVar[str] = "dpo"

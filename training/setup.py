@@ -22,7 +22,7 @@ from model.folder import folder_weights
 from model.folder import load_config as load_model_config
 from model.gpt import fresh_weights
 from training import distributed
-from training.config import SHAPE_FLAGS, Config, load_config, model_folder, rules
+from training.config import SHAPE_FLAGS, ChatConfig, Config, load_config, model_folder, rules
 from training.distributed import World
 from training.engines import Machine, Weights, engine_name
 from training.objectives import STAGES
@@ -94,10 +94,16 @@ def starting_model(asked: C) -> Start[C]:
     """The model to train, its weights, its tokenizer, and the config with every shape filled in.
 
     Raises FileNotFoundError where the model of the stage before is missing, and ValueError where a shape flag
-    contradicts the folder or the vocabulary is smaller than the tokenizer's.
+    contradicts the folder, the vocabulary is smaller than the tokenizer's, or nothing says how the model chats.
     """
     init = starting_folder(asked)
-    tokenizer = load_tokenizer(asked.tokenizer or (DEFAULT_TOKENIZER if init == "none" else init))
+    folder_of_tokenizer = asked.tokenizer or (DEFAULT_TOKENIZER if init == "none" else init)
+    tokenizer = load_tokenizer(folder_of_tokenizer, asked.chat_template if isinstance(asked, ChatConfig) else None)
+    if isinstance(asked, ChatConfig) and not tokenizer.has_chat_template:
+        raise ValueError(
+            f"{tokenizer.folder}: this tokenizer has no chat template, so nothing says how its model chats; give one "
+            "with --chat_template chatml (or a Jinja file)"
+        )
     if init == "none":
         given = {name: getattr(asked, name) for name in (*SHAPE_FLAGS, "max_seq_len")}
         given = {name: value for name, value in given.items() if value is not None}

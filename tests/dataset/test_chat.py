@@ -234,6 +234,27 @@ def test_the_template_gives_the_same_ids_for_any_messages(messages: list[dict[st
     assert template_ids(messages, add_generation_prompt=prompt) == render_chat(TOKENIZER, messages, prompt).ids
 
 
+def assert_one_mask(messages: list[dict[str, Any]]) -> None:
+    """The template's own mark of what the assistant says is what `render_chat` supervises."""
+    found = HF.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    ours = render_chat(TOKENIZER, messages)
+    assert found["input_ids"] == ours.ids
+    assert [bool(said) for said in found["assistant_masks"]] == ours.mask
+
+
+@pytest.mark.parametrize("length", range(1, len(CONVERSATION) + 1))
+def test_the_template_marks_what_is_supervised(length: int) -> None:
+    assert_one_mask(CONVERSATION[:length])
+    empty = {"role": "assistant", "content": ""}
+    assert_one_mask([*CONVERSATION[:length], {**empty, "reasoning_content": "两\n🌱"}, empty])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TURNS, min_size=1, max_size=4))
+def test_the_template_marks_what_is_supervised_in_any_messages(messages: list[dict[str, Any]]) -> None:
+    assert_one_mask(messages)
+
+
 def test_the_template_refuses_what_it_cannot_render() -> None:
     for message in (
         {"role": "robot", "content": "x"},

@@ -251,3 +251,19 @@ def test_a_sentencepiece_model_of_another_project_is_foreign(tmp_path: Path) -> 
     folder = make_foreign_folder(tmp_path)
     shutil.copyfile(DEFAULT_TOKENIZER / "tokenizer_config.json", folder / "tokenizer.model")
     assert isinstance(load_tokenizer(folder), HFTokenizer)
+
+
+def test_saving_a_tokenizer_leaves_no_file_of_another_one(tmp_path: Path) -> None:
+    """The files of the one that was there before would decide what the folder's next reader gets."""
+    foreign = load_tokenizer(make_foreign_folder(tmp_path / "foreign"))
+    run = tmp_path / "run"
+    TOKENIZER.save(run)
+    (run / "config.json").write_text("{}")
+    foreign.save(run)
+    again = load_tokenizer(run)
+    assert isinstance(again, HFTokenizer) and again.fingerprint == foreign.fingerprint
+    TOKENIZER.save(run)
+    assert isinstance(load_tokenizer(run), Tokenizer)
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", *(path.name for path in DEFAULT_TOKENIZER.iterdir())
+    }  # fmt: skip

@@ -107,6 +107,18 @@ def test_a_full_context_ends_a_row_by_length(make_model):
     assert answers[1].ids == greedy_without_cache(model, short, 62)
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 5.0}, {"repetition_penalty": 0.1}])
+def test_ids_beyond_the_tokenizer_are_never_drawn(make_model, settings):
+    model = make_model()
+    settings = {"max_new_tokens": 40, "seed": 0} | settings
+    free = [answer.ids for answer in generate(model, PROMPTS, **settings)]
+    for size in (32, 3, 1):
+        assert max(max(ids) for ids in free) >= size
+        assert all(max(answer.ids) < size for answer in generate(model, PROMPTS, vocab_size=size, **settings))
+    whole = generate(model, PROMPTS, vocab_size=model.config.vocab_size, **settings)
+    assert [answer.ids for answer in whole] == free
+
+
 def test_one_seed_gives_one_text(make_model):
     model = make_model()
     texts = [generate(model, PROMPTS, max_new_tokens=12, seed=seed, temperature=2.0) for seed in (1, 1, 2)]

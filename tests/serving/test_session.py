@@ -49,3 +49,11 @@ def test_nobody_need_listen(model):
     session = Session(model, load_tokenizer(DEFAULT_TOKENIZER), {"max_new_tokens": 3}, seed=0)
     list(session.answer("Tell me"))
     assert len(session.messages) == 2
+
+
+def test_a_model_with_more_rows_than_its_tokenizer_has_tokens_chats():
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
+    model = GPT(GPTConfig(vocab_size=60_000, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=48)).eval()
+    for raw in (False, True):
+        assert list(Session(model, tokenizer, {"max_new_tokens": 20, "temperature": 2.0}, seed=0, raw=raw).answer("Hi"))

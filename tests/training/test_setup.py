@@ -15,9 +15,10 @@ import torch
 from dataset import load_tokenizer
 from dataset.encode import SPREAD_FROM
 from dataset.loader import EMPTY_ROW, ENDLESS
-from model import save_pretrained
-from tests.dataset.foreign import make_foreign_folder
-from tests.helpers import ROOT, TINY, command, environment, make_data, run_here, write_jsonl
+from model import load_pretrained, save_pretrained
+from serving import Session
+from tests.dataset.foreign import make_foreign_folder, make_llama2_folder
+from tests.helpers import PLAIN, ROOT, TINY, command, environment, make_data, run_here, train_here, write_jsonl
 from training import STAGES, DPOConfig, PretrainConfig, SFTConfig
 from training.config import SHAPE_FLAGS, rules
 from training.distributed import World
@@ -145,6 +146,32 @@ def test_a_stage_starts_from_a_run_by_its_name(folder, tmp_path, monkeypatch):
 
 def test_a_stage_that_is_asked_to_starts_from_random_weights():
     assert starting_model(SFTConfig(**SMALL, init_from="none")).config.init_from == "none"
+
+
+@pytest.fixture
+def foreign_base(make_model, tmp_path):
+    """A Llama base model: its tokenizer has no chat template, its vocabulary more rows than that has tokens."""
+    base = make_llama2_folder(tmp_path / "base", template=None)
+    save_pretrained(make_model(vocab_size=2000), base)
+    return base
+
+
+def test_a_model_that_cannot_chat_is_refused_with_the_flag_that_helps(foreign_base):
+    with pytest.raises(ValueError, match=r"base: this tokenizer has no chat template.*--chat_template chatml"):
+        starting_model(SFTConfig(init_from=str(foreign_base)))
+
+
+def test_a_model_without_a_template_is_tuned_with_chatml_sampled_and_asked(foreign_base, tmp_path, capsys):
+    data = make_data(tmp_path, rows=8)
+    flags = ["--out_dir", tmp_path, "--cache_dir", tmp_path / "cache", "--max_steps", 2, "--max_seq_len", 64, *PLAIN]
+    tune = ["--data_path", data["full_sft"], "--init_from", foreign_base, "--chat_template", "chatml"]
+    train_here("full_sft", *flags, *tune, "--sample_interval", 1, "--sample_prompt", "Hi")
+    run = tmp_path / "full_sft_32"
+    assert (run / "chat_template.jinja").is_file()
+    session = Session(load_pretrained(run), load_tokenizer(run), {"max_new_tokens": 8, "temperature": 2.0}, seed=0)
+    list(session.answer("Hi"))
+    assert session.prompt("Hi")[0][0] == 1 and session.messages[1]["role"] == "assistant"
+    train_here("dpo", *flags, "--data_path", data["dpo"], "--init_from", run)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(make_model, tokenizer, tmp_path):
