@@ -1,6 +1,7 @@
 """Checkpoints: exact, checked by hash, and never at the cost of the one before."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -118,6 +119,23 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_are_told(make_engin
     assert checkpoint.find("auto", tmp_path, told.append) == tmp_path / "step_000200"
     assert [line[:34] for line in told] == ["checkpoint step_000400 is not used", "checkpoint step_000300 is not used"]
     assert "no COMPLETE" in told[0] and "run.json is damaged" in told[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that answers with an I/O error")
+@pytest.mark.parametrize("name", ["run.json", "COMPLETE"])
+def test_a_file_that_cannot_be_read_is_not_taken_for_damage(make_engine, tmp_path, name):
+    save(make_engine(), tmp_path, 1, 2)
+    path = tmp_path / "step_000002" / name
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(ValueError, match=r"step_000002 could not be read \(.*Input/output error.*run the same command"):
+        checkpoint.find("auto", tmp_path, print)
+
+
+def test_the_cause_of_a_failed_save_is_shown(make_engine, tmp_path):
+    (tmp_path / "file").touch()
+    problem = checkpoint.attempt(lambda: make_engine().save(tmp_path / "file" / "state", background=False))
+    assert problem is not None and problem.startswith("NotADirectoryError: [Errno 20]")
 
 
 def test_steps_are_numbers(make_engine, tmp_path):

@@ -190,6 +190,25 @@ def test_a_run_that_is_complete_learns_nothing_and_says_so(make_run, capsys):
     assert "this run is complete at step 3; raise --epochs or --max_steps to go on" in capsys.readouterr().err
 
 
+def test_a_complete_run_keeps_its_record_whatever_flags_are_given(make_run, tmp_path):
+    make_run(Documents()).loop()
+    record = tmp_path / "pretrain_32/config.yaml"
+    before = record.read_text()
+    make_run(Documents(), learning_rate=0.5).loop()
+    assert record.read_text() == before
+
+
+def test_another_runs_last_checkpoint_makes_this_runs_model_folder(make_run, tmp_path, capsys):
+    make_run(Documents()).loop()
+    (tmp_path / "pretrain_32").rename(tmp_path / "other")
+    make_run(Documents(), resume=str(tmp_path / "other/checkpoints/step_000003")).loop()
+    folder = tmp_path / "pretrain_32"
+    assert f"model folder: {folder}" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
+    assert (folder / "config.yaml").is_file()
+    assert make_run(Documents()).progress.step == 3  # the same command goes on from its own checkpoint
+
+
 @pytest.mark.parametrize(
     ("total_rows", "rows_per_update", "progress", "max_steps", "steps"),
     [
