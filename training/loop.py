@@ -146,6 +146,7 @@ class Run:
         self.peak_flops = peak_flops(self.engine.device, self.engine.dtype) * self.engine.world.size
         self.bad_updates = 0
         self.window = Window()
+        self.progress.schedule_rows = self.progress.schedule_rows or self.source.rows_per_update
 
     def loop(self) -> None:
         config, progress, engine, saver = self.config, self.progress, self.engine, self.saver
@@ -154,7 +155,7 @@ class Run:
             self.window.start()
             while progress.step < self.total_steps:
                 micro_batches = upcoming.take(progress.position)
-                rate = learning_rate(progress.step, self.total_steps, config)
+                rate = self.rate()
                 totals = engine.forward_backward(micro_batches, self.objective)
                 norm = engine.step(rate)
                 seen = self.count(micro_batches, stop.requested)
@@ -187,6 +188,14 @@ class Run:
         if self.engine.world.rank == 0 and not (complete and record.is_file()):  # it says what was trained with
             save_config(self.config, record)
         distributed.set_timeout(timedelta(seconds=self.config.comm_timeout))
+
+    def rate(self) -> float:
+        """The learning rate of the next update. With max_steps it belongs to the step, else to the place in the data,
+        so that it does not jump where another number of ranks makes updates larger or smaller."""
+        config, progress, rows = self.config, self.progress, self.progress.schedule_rows
+        if config.max_steps:
+            return learning_rate(progress.step, self.total_steps, config)
+        return learning_rate(progress.position / rows, math.ceil(self.source.total_rows / rows), config)
 
     def count(self, micro_batches: list[Batch], stop: bool) -> "Seen":
         """What this update was made of, and what any rank was asked meanwhile; one sum tells all ranks the same."""

@@ -38,6 +38,7 @@ class Progress:
     position: int = 0  # rows seen, over all ranks and epochs
     tokens: int = 0  # supervised tokens seen
     seconds: float = 0.0  # spent training, over all resumed parts
+    schedule_rows: int = 0  # rows an update when the run began, by which its learning rate is scheduled
 
 
 def noted(config: Config, engine: Engine, rows_per_update: int) -> Settings:
@@ -74,13 +75,15 @@ def resume(engine: Engine, config: Config, identity: Settings, settings: Setting
             "Put back what it was made with, give another --out_dir, or start over with --resume none"
         )
     checkpoint.load(engine, found)
+    # older versions did not save it apart
+    progress = Progress(**{"schedule_rows": saved["config"].get("rows an update", 0)} | saved["progress"])
     if not first:
-        return Progress(**saved["progress"])
+        return progress
     for name, now in settings.items():
         if (then := saved["config"].get(name, now)) != now:
             say(f"note: {name} was {then!r} when this checkpoint was saved and is {now!r} now")
     say(f"resumed from {found}")
-    return Progress(**saved["progress"])
+    return progress
 
 
 DATA_FLAGS = ("val_path", "val_fraction", "on_bad_row", "tokenizer")  # which rows are learnt from, and as what tokens

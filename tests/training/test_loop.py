@@ -16,6 +16,7 @@ from training.distributed import World
 from training.engines import Machine, SingleEngine
 from training.loop import Run, StopSignals, explained, held_out_metrics, planned_steps, train
 from training.metrics import Metrics
+from training.optimizer import learning_rate
 from training.saver import Progress, Saver, noted, resume
 from training.setup import Start
 
@@ -173,11 +174,32 @@ def test_a_run_cut_short_goes_on_at_its_row_with_another_number_of_rows_an_updat
     run.loop()
     second = Documents(total_rows=11, rows_per_update=3)
     run = make_run(second, Noted(second.events))
-    assert run.progress == Progress(2, 4, sum(len(ids) - 1 for ids in ROWS[:4]), run.progress.seconds)
+    assert run.progress == Progress(2, 4, sum(len(ids) - 1 for ids in ROWS[:4]), run.progress.seconds, schedule_rows=2)
     run.loop()
     assert second.asked == [4, 7, 10] and (run.progress.step, run.progress.position) == (5, 11)
     assert [row for what, row in first.events + second.events if what == "learnt"] == list(range(11))
     assert "note: rows an update was 2 when this checkpoint was saved and is 3 now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [{"lr_schedule": "wsd", "decay_fraction": 0.5}, {}, {"warmup_steps": 8}])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_learning_rate_goes_by_the_rows_seen_however_many_an_update_has(make_run, flags, rows):
+    """At one position it is what the run that never changed has there."""
+    run = make_run(Documents(total_rows=20), **flags)
+    expected = {}
+    for run.progress.position in range(0, 20, 2):
+        expected[run.progress.position] = run.rate()
+        run.progress.step += 1
+    assert len(set(expected.values())) > 4
+    run.source = Documents(total_rows=20, rows_per_update=rows)
+    for run.progress.position in range(0, 20, 4):
+        assert run.rate() == expected[run.progress.position]
+
+
+def test_the_learning_rate_of_a_number_of_steps_goes_by_the_step(make_run):
+    run = make_run(Documents(total_rows=1 << 60), max_steps=10)
+    run.progress.step, run.progress.position = 7, 3
+    assert run.rate() == learning_rate(7, 10, run.config)
 
 
 def test_a_run_that_is_complete_learns_nothing_and_says_so(make_run, capsys):

@@ -203,7 +203,7 @@ def test_a_save_leaves_a_checkpoint_and_a_model_folder(make_saver, make_engine, 
     folder = config.run_dir / "checkpoints/step_000004"
     assert checkpoint.damage(folder) is None
     assert checkpoint.read_run(folder) == {
-        "progress": {"step": 4, "position": 64, "tokens": 999, "seconds": 1.5},
+        "progress": {"step": 4, "position": 64, "tokens": 999, "seconds": 1.5, "schedule_rows": 0},
         "identity": IDENTITY,
         "config": SETTINGS,
         "origin": origin(config),

@@ -30,7 +30,7 @@ from training.config import Config
 from training.engines.contract import B, Machine, T, Totals, Weights
 from training.engines.named_state import NamedState, is_deepspeed, named_state
 from training.objectives import Objective, Output
-from training.optimizer import build_optimizers
+from training.optimizer import build_optimizers, own_settings
 
 # one process that saves alone is what is meant; said once and for all, since background threads save as well
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -205,10 +205,12 @@ class PyTorchEngine(Accumulating):
         return {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.model, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
-        self.scaler.load_state_dict(state["scaler"])
+        with own_settings(self.optimizers):
+            set_state_dict(
+                self.model, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
     def save(self, folder: Path, background: bool) -> Future[Any] | None:
         alone = not dist.is_initialized()
@@ -233,6 +235,9 @@ class PyTorchEngine(Accumulating):
                 self.take_over(named)
             return
         state = self.state()
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        if "scaler.scale" not in saved:  # written in a type that scales no loss: the scaler looks for its scale anew
+            state["scaler"] = {}
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
         self.set_state(state)
 
