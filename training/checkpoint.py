@@ -219,6 +219,11 @@ def find(resume: str, checkpoints: Path, say: Callable[[str], None]) -> Path | N
             raise FileNotFoundError(
                 f"--resume {resume}: no such folder; give a checkpoint (.../checkpoints/step_000200), auto or none"
             )
+        if owner := foreign_owner(Path(resume)):
+            raise ValueError(
+                f"--resume {resume} belongs to {owner}, and reading a checkpoint can run code that is hidden in it; if "
+                "you trust where it comes from, make it yours with `cp -r` and give the copy"
+            )
         if problem := damage(Path(resume)):
             raise ValueError(f"--resume {resume}: {problem}; use --resume auto for the newest whole one")
         return Path(resume)
@@ -235,6 +240,17 @@ def find(resume: str, checkpoints: Path, say: Callable[[str], None]) -> Path | N
             f"{checkpoints}: none of the {len(problems)} checkpoints is whole; the newest, {problems[0]}. Nothing was "
             "changed: repair it or put back a copy, or start over with --resume none, which moves them to a backup"
         )
+    return None
+
+
+def foreign_owner(folder: Path) -> str | None:
+    """The owner of the first file in a folder that is neither this user's nor the system's. Root reads all there is:
+    in a container it owns little of what it is given. None also where files have no owners (Windows)."""
+    if not hasattr(os, "geteuid") or os.geteuid() == 0:
+        return None
+    for path in (folder, *sorted(folder.rglob("*"))):
+        if path.stat().st_uid not in (os.geteuid(), 0):
+            return f"user {path.stat().st_uid}"
     return None
 
 

@@ -27,6 +27,7 @@ from dataset.batch import Batch
 from model import GPT
 from training import distributed
 from training.config import Config
+from training.engines import torch_files
 from training.engines.contract import B, Machine, T, Totals, Weights
 from training.engines.named_state import NamedState, is_deepspeed, named_state
 from training.objectives import Objective, Output
@@ -235,10 +236,10 @@ class PyTorchEngine(Accumulating):
                 self.take_over(named)
             return
         state = self.state()
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        if "scaler.scale" not in saved:  # written in a type that scales no loss: the scaler looks for its scale anew
+        # one written in a type that scales no loss has no scale, and the scaler looks for it anew
+        if "scaler.scale" not in torch_files.keys(folder):
             state["scaler"] = {}
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        torch_files.load(state, folder, alone=not dist.is_initialized())
         self.set_state(state)
 
     @torch.no_grad()
