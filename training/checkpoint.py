@@ -126,12 +126,19 @@ def attempt(write: Callable[[], None]) -> str | None:
     try:
         write()
     except (Exception, CheckpointException) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = named(error)
         # torch's zip writer reports a full disk as a position it did not reach
         if any(sign in reason for sign in ("No space left", "file write failed", "unexpected pos")):
             return "No space left on device"
         return reason.strip().splitlines()[0]
     return None
+
+
+def named(error: BaseException) -> str:
+    """An error by its kind and message; the first of several ranks' where torch has put them into one."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    return f"{type(error).__name__}: {error}"
 
 
 def publish(part: Path, folder: Path, hashes: Hashes) -> None:
@@ -170,15 +177,31 @@ def stale(folder: Path, keep_last: int) -> list[Path]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None where every file is as it was written."""
+    """What is wrong with a checkpoint, None where every file is as it was written.
+
+    Raises ValueError for files that cannot be read, which is no damage: a disk or a network may be back in a minute.
+    """
+    try:
+        return difference(folder)
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint {folder} could not be read ({error}); it is left as it is. Once it can be read, run the same "
+            "command again"
+        ) from error
+
+
+def difference(folder: Path) -> str | None:
+    """The first file of a checkpoint that is not as it was written. Raises OSError where one cannot be read."""
     try:
         hashes = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return "it was not written to its end (no COMPLETE)"
     for name, expected in hashes.items():
-        if not (folder / name).is_file():
+        try:
+            found = file_hash(folder / name)
+        except FileNotFoundError:
             return f"{name} is missing"
-        if file_hash(folder / name) != expected:
+        if found != expected:
             return f"{name} is damaged (its hash differs from the one written)"
     return None
 
@@ -186,7 +209,8 @@ def damage(folder: Path) -> str | None:
 def find(resume: str, checkpoints: Path, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from: the newest whole one for "auto" (None where there is none), or the named folder.
 
-    Raises FileNotFoundError or ValueError for a named folder that is not there or is damaged.
+    Raises FileNotFoundError for a named folder that is not there, and ValueError for one that is damaged, where there
+    are checkpoints but none is whole, and where one cannot be read.
     """
     if resume == "none":
         return None
@@ -195,14 +219,38 @@ def find(resume: str, checkpoints: Path, say: Callable[[str], None]) -> Path | N
             raise FileNotFoundError(
                 f"--resume {resume}: no such folder; give a checkpoint (.../checkpoints/step_000200), auto or none"
             )
+        if owner := foreign_owner(Path(resume)):
+            raise ValueError(
+                f"--resume {resume} belongs to {owner}, and reading a checkpoint can run code that is hidden in it; if "
+                "you trust where it comes from, make it yours with `cp -r` and give the copy"
+            )
         if problem := damage(Path(resume)):
             raise ValueError(f"--resume {resume}: {problem}; use --resume auto for the newest whole one")
         return Path(resume)
+    problems: list[str] = []
     for folder in reversed(by_step(checkpoints)):
         problem = damage(folder)
         if problem is None:
+            for told in problems:
+                say(f"checkpoint {told}; trying the one before")
             return folder
-        say(f"checkpoint {folder.name} is not used: {problem}; trying the one before")
+        problems.append(f"{folder.name} is not used: {problem}")
+    if problems:
+        raise ValueError(
+            f"{checkpoints}: none of the {len(problems)} checkpoints is whole; the newest, {problems[0]}. Nothing was "
+            "changed: repair it or put back a copy, or start over with --resume none, which moves them to a backup"
+        )
+    return None
+
+
+def foreign_owner(folder: Path) -> str | None:
+    """The owner of the first file in a folder that is neither this user's nor the system's. Root reads all there is:
+    in a container it owns little of what it is given. None also where files have no owners (Windows)."""
+    if not hasattr(os, "geteuid") or os.geteuid() == 0:
+        return None
+    for path in (folder, *sorted(folder.rglob("*"))):
+        if path.stat().st_uid not in (os.geteuid(), 0):
+            return f"user {path.stat().st_uid}"
     return None
 
 

@@ -40,6 +40,7 @@ class Rule:
     # a change since the checkpoint: breaks the run and is refused, is worth a note, or does not matter
     resume: Literal["refuse", "note", "free"] = "free"
     by_node: bool = False  # whether nodes may differ in it: folders, a device's name
+    once: bool = False  # holds for the start that is asked for alone, so config.yaml does not repeat it
 
     def check(self, name: str, value: Any) -> None:
         """Raise ValueError for a value out of range; so written, it stops "not a number" as well."""
@@ -107,7 +108,10 @@ class Config:
         None, "folder of the tokenizer; by default the one of init_from, else the shipped one", "files", by_node=True
     )
     resume: str = flag(
-        "auto", "auto (newest whole checkpoint of this run), a checkpoint folder, or none (start over)", "files"
+        "auto",
+        "auto (newest whole checkpoint of this run), a checkpoint folder, or none (start over)",
+        "files",
+        once=True,
     )
 
     dim: int | None = shape_flag("width")
@@ -409,8 +413,10 @@ def convert(value: Any, kind: Any, name: str) -> Any:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the config as YAML that --config takes. Its first line says the stage, for `stage_of`."""
-    content = {name: value for name, value in asdict(config).items() if value is not None}
+    """Write the config as YAML that --config takes, without what holds for one start alone. Its first line says the
+    stage, for `stage_of`."""
+    once = {name for name, rule in rules(config).items() if rule.once}
+    content = {name: value for name, value in asdict(config).items() if value is not None and name not in once}
     header = f"# python train_{config.stage}.py --config {path}\n"
     path.write_text(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 

@@ -110,6 +110,11 @@ class Silence(threading.Thread):
 SILENCE = Silence(PREPARATION.total_seconds())  # started with the first process group that uses NCCL
 
 
+def restarted() -> bool:
+    """Whether a launcher (torchrun --max_restarts) or Slurm (--requeue) has started this command again by itself."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def pick_device(name: str, world: World) -> torch.device:
     """auto: this rank's GPU, else Apple's, else the CPU. Raises ValueError for one that is not there."""
     if name == "auto":

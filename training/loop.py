@@ -32,7 +32,8 @@ from training.engines.contract import Engine, Totals
 from training.metrics import Metrics, Record, peak_flops, peak_memory_mb
 from training.objectives import Objective
 from training.optimizer import learning_rate
-from training.saver import Progress, Saver, Settings, noted, resume
+from training.run_folder import held
+from training.saver import Progress, Saver, Say, Settings, noted, resume
 from training.setup import Start
 
 BAD_UPDATES = 3  # non-finite updates in a row that stop the run
@@ -70,13 +71,33 @@ def train(
     `identity` holds what must be equal for a resumed run to continue this one exactly (data, seed, shape, start).
     Raises ValueError for a checkpoint of another identity, and after several non-finite updates in a row.
     """
-    config, first = start.config, engine.world.rank == 0
+    config = start.config
     check_keep_best(config, objective, held_out is not None)
+    say = partial(print, flush=True)
     checkpoint.share_folder(engine, config.run_dir)
+    # one that was started again by itself may find the process before it still dying on another node
+    patience = config.comm_timeout if distributed.restarted() else 0
+    with held(engine, config.run_dir, patience, say):
+        run = prepare(engine, objective, source, held_out, start, identity, say)
+        with explained(run), run.metrics:
+            run.loop()
+
+
+def prepare(
+    engine: Engine,
+    objective: Objective[Any],
+    source: Source,
+    held_out: Source | None,
+    start: Start[Any],
+    identity: Settings,
+    say: Say,
+) -> "Run":
+    """A run that stands where its checkpoint left it, or at the very start."""
+    config, first = start.config, engine.world.rank == 0
     # dropout differs between ranks; nothing random before this counts
     torch.manual_seed(config.seed + engine.world.rank)
     settings = noted(config, engine, source.rows_per_update)
-    progress = resume(engine, config, identity, settings, say=partial(print, flush=True))
+    progress = resume(engine, config, identity, settings, say)
     total_steps = planned_steps(source, progress, config.max_steps)
     metrics = Metrics(
         config.run_dir, asdict(config), stage=config.stage, total_steps=total_steps, start_step=progress.step,
@@ -84,9 +105,7 @@ def train(
         wandb_run_name=config.wandb_run_name or config.run_dir.name, use_tensorboard=config.use_tensorboard,
     )  # fmt: skip
     saver = Saver(engine, config, start.tokenizer, identity, settings, progress, total_steps, metrics.print)
-    run = Run(engine, objective, source, held_out, start, progress, total_steps, metrics, saver)
-    with explained(run), metrics:
-        run.loop()
+    return Run(engine, objective, source, held_out, start, progress, total_steps, metrics, saver)
 
 
 @contextlib.contextmanager
@@ -136,6 +155,7 @@ class Run:
         self.best = Best(self.engine, self.config, self.tokenizer, self.progress, self.say)
         self.bad_updates = 0
         self.window = Window()
+        self.progress.schedule_rows = self.progress.schedule_rows or self.source.rows_per_update
 
     def loop(self) -> None:
         config, progress, engine, saver = self.config, self.progress, self.engine, self.saver
@@ -144,7 +164,7 @@ class Run:
             self.window.start()
             while progress.step < self.total_steps and not self.best.over:
                 micro_batches = upcoming.take(progress.position)
-                rate = learning_rate(progress.step, self.total_steps, config)
+                rate = self.rate()
                 totals = engine.forward_backward(micro_batches, self.objective)
                 norm = engine.step(rate)
                 seen = self.count(micro_batches, stop.requested)
@@ -164,16 +184,26 @@ class Run:
         self.end()
 
     def begin(self) -> None:
-        if self.progress.step >= self.total_steps:
+        complete = self.progress.step >= self.total_steps
+        if complete:
             self.say(
                 f"this run is complete at step {self.progress.step}; raise --epochs or --max_steps to go on, "
                 "or start over with --resume none"
             )
         elif not self.best.over:
             self.say(self.introduction())
-        if self.engine.world.rank == 0:
-            save_config(self.config, self.config.run_dir / "config.yaml")
+        record = self.config.run_dir / "config.yaml"
+        if self.engine.world.rank == 0 and not (complete and record.is_file()):  # it says what was trained with
+            save_config(self.config, record)
         distributed.set_timeout(timedelta(seconds=self.config.comm_timeout))
+
+    def rate(self) -> float:
+        """The learning rate of the next update. With max_steps it belongs to the step, else to the place in the data,
+        so that it does not jump where another number of ranks makes updates larger or smaller."""
+        config, progress, rows = self.config, self.progress, self.progress.schedule_rows
+        if config.max_steps:
+            return learning_rate(progress.step, self.total_steps, config)
+        return learning_rate(progress.position / rows, math.ceil(self.source.total_rows / rows), config)
 
     def introduction(self) -> str:
         """What is trained, on what, for how long, from where and to where: one line."""

@@ -7,8 +7,10 @@
     log file       pretrain step 20/1000, loss 3.2140, lr 5.0e-04, 51.2k tokens/s, MFU 3.1%, 812 MB, 26:08 left
 
 Everything is shown on stderr. A number that is not finite is written as null, since JSON has no NaN and no infinity.
+Once a run has begun no log can end it: one that cannot be written is told once, and tried again with the next record.
 """
 
+import contextlib
 import html
 import json
 import math
@@ -17,11 +19,11 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, SupportsFloat
 
 import torch
 from tqdm import tqdm
@@ -78,6 +80,8 @@ class Metrics:
         if use_tensorboard:
             self.tensorboard = start_tensorboard(self.run_dir, start_step)
         self.file = replace_records(self.run_dir / "metrics.jsonl", self.records)
+        self.unwritten = b""  # what a full disk has not taken yet
+        self.failed: set[str] = set()  # logs of which it was told that they cannot be written
         self.bar = None
         if sys.stderr.isatty():
             form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -101,17 +105,36 @@ class Metrics:
             return
         plain: Record = {name: plain_value(value) for name, value in record.items()}
         self.records.append(plain)
-        self.file.write(json.dumps(plain, ensure_ascii=False) + "\n")
-        self.file.flush()
+        self.unwritten += line(plain)
+        self.write()
         self.advance(plain["step"])
         self.show(plain)
         step, values = plain["step"], {k: v for k, v in plain.items() if k != "step" and v is not None}
         if self.wandb is not None and step > self.sent_step:
-            self.wandb.log(values, step=step)
+            with self.going_on("wandb"):
+                self.wandb.log(values, step=step)
         if self.tensorboard is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(name, value, step)
+            with self.going_on("TensorBoard's events"):
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self.tensorboard.add_scalar(name, value, step)
+
+    def write(self) -> None:
+        """Add what is not written yet to metrics.jsonl; a disk may take a part of it now and the rest later."""
+        with self.going_on("metrics.jsonl"):
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+    @contextlib.contextmanager
+    def going_on(self, log: str) -> Iterator[None]:
+        """A log that cannot be written neither ends a run nor hides what did."""
+        try:
+            yield
+        except Exception as error:
+            if log not in self.failed:
+                reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+                self.print(f"warning: {log} could not be written: {reason}; training goes on")
+            self.failed.add(log)
 
     def advance(self, step: int) -> None:
         """Move the bar to a step that is not logged."""
@@ -134,10 +157,11 @@ class Metrics:
         self.print(line)
 
     def print(self, text: str) -> None:
-        """Show a text above the bar."""
+        """Show a text above the bar, unless stderr is a file on a full disk."""
         if self.enabled:
-            tqdm.write(text, file=sys.stderr)
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                tqdm.write(text, file=sys.stderr)
+                sys.stderr.flush()
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show what the model writes at this step, after `prompt`."""
@@ -148,15 +172,18 @@ class Metrics:
             import wandb
 
             page = f"<p><b>{html.escape(prompt)}</b></p><pre style='white-space: pre-wrap'>{html.escape(text)}</pre>"
-            self.wandb.log({"sample": wandb.Html(page)}, step=step)
+            with self.going_on("wandb"):
+                self.wandb.log({"sample": wandb.Html(page)}, step=step)
         if self.tensorboard is not None:
-            self.tensorboard.add_text("sample", f"{prompt}\n\n{text}", step)
+            with self.going_on("TensorBoard's events"):
+                self.tensorboard.add_text("sample", f"{prompt}\n\n{text}", step)
 
     def close(self, failed: bool = False) -> None:
         """Draw loss.png, close files, finish wandb (as failed, if so) and TensorBoard. A second call does nothing."""
         if not self.enabled or self.closed:
             return
         self.closed = True
+        self.write()
         self.file.close()
         if self.bar is not None:
             self.bar.close()
@@ -165,9 +192,11 @@ class Metrics:
         except Exception as error:  # a picture must neither fail a run nor hide what did
             self.print(f"loss.png could not be drawn: {type(error).__name__}: {error}")
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with self.going_on("TensorBoard's events"):
+                self.tensorboard.close()
         if self.wandb is not None:
-            self.wandb.finish(exit_code=int(failed))
+            with self.going_on("wandb"):
+                self.wandb.finish(exit_code=int(failed))
 
 
 # metrics.jsonl --------------------------------------------------------------------------------------------------
@@ -194,12 +223,16 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def replace_records(path: Path, records: Iterable[Record]) -> TextIO:
-    """Write the records to `path`, whole or not at all; the file comes back open for more."""
+def line(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def replace_records(path: Path, records: Iterable[Record]) -> BinaryIO:
+    """Write the records to `path`, whole or not at all; the file comes back open for more, without a buffer."""
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    part.write_bytes(b"".join(map(line, records)))
     os.replace(part, path)
-    return path.open("a", encoding="utf-8")
+    return path.open("ab", buffering=0)
 
 
 def summary(record: Record) -> str:

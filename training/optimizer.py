@@ -4,7 +4,9 @@ build_optimizers(model, config)      [AdamW over 4 groups] or [Muon over hidden 
 learning_rate(0, 100, config)        linear warm-up, then cosine or warm-up - stable - decay
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -37,8 +39,21 @@ def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Opt
     return [muon, adamw([*groups, {"params": rest, **no_decay}])]
 
 
-def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """Learning rate of update `step` (from 0).
+@contextlib.contextmanager
+def own_settings(optimizers: list[Optimizer]) -> Iterator[None]:
+    """Around the loading of a checkpoint: its state comes in, but decay and betas stay what this run's flags say."""
+    before = [
+        [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+    yield
+    for optimizer, groups in zip(optimizers, before, strict=True):
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+
+
+def learning_rate(step: float, total_steps: int, config: Config) -> float:
+    """Learning rate of update `step` (from 0; between two where updates have changed their size).
 
     Cosine (Loshchilov & Hutter, arXiv:1608.03983) or warm-up - stable - decay (MiniCPM, arXiv:2404.06395).
     """

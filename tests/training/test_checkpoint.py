@@ -1,6 +1,10 @@
 """Checkpoints: exact, checked by hash, and never at the cost of the one before."""
 
 import json
+import os
+import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +124,23 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_are_told(make_engin
     assert "no COMPLETE" in told[0] and "run.json is damaged" in told[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that answers with an I/O error")
+@pytest.mark.parametrize("name", ["run.json", "COMPLETE"])
+def test_a_file_that_cannot_be_read_is_not_taken_for_damage(make_engine, tmp_path, name):
+    save(make_engine(), tmp_path, 1, 2)
+    path = tmp_path / "step_000002" / name
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(ValueError, match=r"step_000002 could not be read \(.*Input/output error.*run the same command"):
+        checkpoint.find("auto", tmp_path, print)
+
+
+def test_the_cause_of_a_failed_save_is_shown(make_engine, tmp_path):
+    (tmp_path / "file").touch()
+    problem = checkpoint.attempt(lambda: make_engine().save(tmp_path / "file" / "state", background=False))
+    assert problem is not None and problem.startswith("NotADirectoryError: [Errno 20]")
+
+
 def test_steps_are_numbers(make_engine, tmp_path):
     save(make_engine(), tmp_path, 999_999, 1_000_000, keep_last=1)
     assert names(tmp_path) == ["step_1000000"]
@@ -142,6 +163,37 @@ def test_a_named_checkpoint_is_taken_or_refused_by_name(make_engine, tmp_path):
         checkpoint.find(named, tmp_path, print)
     with pytest.raises(FileNotFoundError, match="--resume .*step_000300: no such folder; give a checkpoint"):
         checkpoint.find(str(tmp_path / "step_000300"), tmp_path, print)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_a_checkpoint_with_code_in_it_is_not_read(make_engine, tmp_path, file):
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "code was run",)
+
+        def __deepcopy__(self, known):  # else saving would run it
+            return self
+
+    engine, other = make_engine(), make_engine()
+    engine.optimizers[0].param_groups[0]["more"] = 1 if file == ".metadata" else Malicious()
+    other.optimizers[0].param_groups[0]["more"] = 1
+    engine.save(tmp_path / "state", background=False)
+    if file == ".metadata":
+        (tmp_path / "state" / file).write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(ValueError, match="state.* read: .*"):
+        other.load(tmp_path / "state")
+    assert not (tmp_path / "code was run").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give a file away")
+def test_a_named_checkpoint_of_another_user_is_refused(make_engine, tmp_path, monkeypatch):
+    save(make_engine(), tmp_path, 100)
+    folder = tmp_path / "step_000100"
+    os.chown(folder / "run.json", 4711, -1)
+    assert checkpoint.find(str(folder), tmp_path, print) == folder  # root is not asked
+    monkeypatch.setattr(os, "geteuid", lambda: 4712)
+    with pytest.raises(ValueError, match=r"--resume .*step_000100 belongs to user 4711, .*`cp -r`"):
+        checkpoint.find(str(folder), tmp_path, print)
 
 
 def test_old_checkpoints_go(make_engine, tmp_path):

@@ -167,6 +167,12 @@ def test_a_saved_config_loads_as_itself(tmp_path, cls):
     assert f"train_{cls.stage}.py --config" in (tmp_path / "config.yaml").read_text(encoding="utf-8").splitlines()[0]
 
 
+def test_how_a_run_begins_is_not_saved(tmp_path):
+    for resume in ("none", "out/pretrain_512/checkpoints/step_000200"):
+        save_config(load("--resume", resume), tmp_path / "config.yaml")
+        assert load("--config", str(tmp_path / "config.yaml")).resume == "auto"
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("a: [", "recipe.yaml: not YAML"), ("- dim\n", "found list, expected lines of `flag: value`")]
 )

@@ -246,6 +246,51 @@ def test_a_model_that_is_not_filled_to_the_last_weight_is_an_error(make_model):
 # Precision, recomputation, compilation --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_decay_and_betas_are_this_runs_after_a_checkpoint_of_others_is_loaded(make_engine, tmp_path, optimizer):
+    def settings(engine):
+        return [
+            {name: value for name, value in group.items() if name != "params"}
+            for each in engine.optimizers
+            for group in each.param_groups
+        ]
+
+    before = make_engine(optimizer=optimizer, weight_decay=0.1)
+    before.forward_backward(batches([[0, 1]]), NextToken())
+    before.step(1e-2)
+    before.save(tmp_path / "state", background=False)
+    engine = make_engine(optimizer=optimizer, weight_decay=0.3, beta1=0.7, beta2=0.8)
+    own = settings(engine)
+    engine.load(tmp_path / "state")
+    assert settings(engine) == own
+    assert {group["weight_decay"] for group in own} == {0.3, 0.0} and own[-1]["betas"] == (0.7, 0.8)
+    assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), engine.model.parameters(), strict=True))
+    state, loaded = (each.optimizers[-1].state_dict()["state"][0] for each in (before, engine))
+    assert all(torch.equal(state[name], loaded[name]) for name in state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_goes_on_in_float16_and_back(make_engine, tmp_path, dtype):
+    rows = batches([[0, 1, 2, 3]])
+    first, second, third = make_engine(dtype), make_engine(torch.float16), make_engine(dtype)
+    for engine, folder, following in ((first, "a", second), (second, "b", third)):
+        engine.forward_backward(rows, NextToken())
+        engine.step(1e-2)
+        engine.save(tmp_path / folder, background=False)
+        following.load(tmp_path / folder)
+        parameters = (each.model.parameters() for each in (engine, following))
+        assert all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+    assert second.scaler.get_scale() > 1 and not third.scaler.is_enabled()
+
+
+def test_the_scale_of_float16_comes_back(make_engine, tmp_path):
+    engine, following = make_engine(torch.float16), make_engine(torch.float16)
+    engine.scaler.load_state_dict(engine.scaler.state_dict() | {"scale": 4.0})
+    engine.save(tmp_path / "state", background=False)
+    following.load(tmp_path / "state")
+    assert following.scaler.get_scale() == 4.0
+
+
 @pytest.mark.parametrize(("dtype", "scales"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, False)])
 def test_float16_alone_scales_the_loss(make_engine, dtype, scales):
     assert make_engine(dtype).scales_loss is scales

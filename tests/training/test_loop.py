@@ -17,6 +17,7 @@ from training.distributed import World
 from training.engines import Machine, SingleEngine
 from training.loop import Run, StopSignals, explained, held_out_metrics, planned_steps, train
 from training.metrics import Metrics
+from training.optimizer import learning_rate
 from training.saver import Progress, Saver, noted, resume
 from training.setup import Start
 
@@ -175,11 +176,32 @@ def test_a_run_cut_short_goes_on_at_its_row_with_another_number_of_rows_an_updat
     run.loop()
     second = Documents(total_rows=11, rows_per_update=3)
     run = make_run(second, Noted(second.events))
-    assert run.progress == Progress(2, 4, sum(len(ids) - 1 for ids in ROWS[:4]), run.progress.seconds)
+    assert run.progress == Progress(2, 4, sum(len(ids) - 1 for ids in ROWS[:4]), run.progress.seconds, schedule_rows=2)
     run.loop()
     assert second.asked == [4, 7, 10] and (run.progress.step, run.progress.position) == (5, 11)
     assert [row for what, row in first.events + second.events if what == "learnt"] == list(range(11))
     assert "note: rows an update was 2 when this checkpoint was saved and is 3 now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [{"lr_schedule": "wsd", "decay_fraction": 0.5}, {}, {"warmup_steps": 8}])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_learning_rate_goes_by_the_rows_seen_however_many_an_update_has(make_run, flags, rows):
+    """At one position it is what the run that never changed has there."""
+    run = make_run(Documents(total_rows=20), **flags)
+    expected = {}
+    for run.progress.position in range(0, 20, 2):
+        expected[run.progress.position] = run.rate()
+        run.progress.step += 1
+    assert len(set(expected.values())) > 4
+    run.source = Documents(total_rows=20, rows_per_update=rows)
+    for run.progress.position in range(0, 20, 4):
+        assert run.rate() == expected[run.progress.position]
+
+
+def test_the_learning_rate_of_a_number_of_steps_goes_by_the_step(make_run):
+    run = make_run(Documents(total_rows=1 << 60), max_steps=10)
+    run.progress.step, run.progress.position = 7, 3
+    assert run.rate() == learning_rate(7, 10, run.config)
 
 
 def test_a_run_that_is_complete_learns_nothing_and_says_so(make_run, capsys):
@@ -190,6 +212,25 @@ def test_a_run_that_is_complete_learns_nothing_and_says_so(make_run, capsys):
     run.loop()
     assert source.asked == [] and equal(before, parameters(run))
     assert "this run is complete at step 3; raise --epochs or --max_steps to go on" in capsys.readouterr().err
+
+
+def test_a_complete_run_keeps_its_record_whatever_flags_are_given(make_run, tmp_path):
+    make_run(Documents()).loop()
+    record = tmp_path / "pretrain_32/config.yaml"
+    before = record.read_text()
+    make_run(Documents(), learning_rate=0.5).loop()
+    assert record.read_text() == before
+
+
+def test_another_runs_last_checkpoint_makes_this_runs_model_folder(make_run, tmp_path, capsys):
+    make_run(Documents()).loop()
+    (tmp_path / "pretrain_32").rename(tmp_path / "other")
+    make_run(Documents(), resume=str(tmp_path / "other/checkpoints/step_000003")).loop()
+    folder = tmp_path / "pretrain_32"
+    assert f"model folder: {folder}" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
+    assert (folder / "config.yaml").is_file()
+    assert make_run(Documents()).progress.step == 3  # the same command goes on from its own checkpoint
 
 
 @pytest.mark.parametrize(

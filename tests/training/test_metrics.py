@@ -78,6 +78,41 @@ def test_disabled_metrics_leave_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.fixture
+def full_disk():
+    """full_disk(bytes): the system takes no file beyond so many bytes, and says so as it does of a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_takes_no_line_is_told_once_and_training_goes_on(tmp_path, capsys, full_disk):
+    with Metrics(tmp_path, {}, stage="pretrain", total_steps=10) as metrics:
+        metrics.log(record(1))
+        full_disk((tmp_path / "metrics.jsonl").stat().st_size + 20)  # takes a part of the next line
+        for step in (2, 3):
+            metrics.log(record(step))
+        full_disk(1 << 30)
+        metrics.log(record(4))
+    assert lines(tmp_path) == [record(step) for step in (1, 2, 3, 4)]  # none is torn, none is lost
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert told == ["warning: metrics.jsonl could not be written: File too large; training goes on"]
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_a_terminal_log_on_a_full_disk_does_not_end_a_run(tmp_path, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs a file that is always full")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        run(tmp_path, [1, 2])
+        monkeypatch.undo()
+        with pytest.raises(OSError):
+            full.close()
+    assert len(lines(tmp_path)) == 2
+
+
 # What is seen ---------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +297,16 @@ def test_wandb_is_told_how_the_run_ended(tmp_path, offline, raised, code):
     except ValueError:
         pass
     assert [r.exit.exit_code for r in wandb_records(tmp_path) if r.WhichOneof("record_type") == "exit"] == [code]
+
+
+def test_wandb_that_fails_on_the_way_is_told_once_and_training_goes_on(tmp_path, offline, capsys):
+    with Metrics(tmp_path, {}, stage="pretrain", total_steps=9, use_wandb=True) as metrics:
+        metrics.wandb.finish()  # takes nothing from here on
+        for step in (1, 2):
+            metrics.log(record(step))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(told) == 1 and told[0].startswith("warning: wandb could not be written: UsageError: ")
+    assert len(lines(tmp_path)) == 2
 
 
 def test_wandb_without_a_login_says_how_to_go_on(tmp_path, offline):

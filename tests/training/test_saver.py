@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from model import load_pretrained
+from tests.helpers import write_jsonl
 from training import PretrainConfig, checkpoint
 from training.config import rules
 from training.distributed import World
 from training.engines import Machine, SingleEngine
-from training.saver import Progress, Saver, noted, resume
+from training.saver import Progress, Saver, data_files, noted, origin, resume
 
 IDENTITY = {"seed": 42, "data": "a hash", "shape": {"dim": 32, "n_layers": 1}}
 SETTINGS = {"epochs": 1.0, "learning_rate": 1e-3, "processes": 1}
@@ -79,16 +80,24 @@ def test_a_saved_run_goes_on_where_it_stood(make_saver, make_engine, go_on):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("seed", 7), ("data", "another hash"), ("shape", {"dim": 32, "n_layers": 2})]
+    ("name", "value", "said"),
+    [
+        ("seed", 7, "--seed was 42 and is 7"),
+        ("data", "another hash", "the training data has changed, or the tokenizer that makes tokens of it"),
+        ("shape", {"dim": 32, "n_layers": 2}, "--n_layers was 1 and is 2"),
+    ],
 )
-def test_a_run_of_another_identity_is_refused_by_name_and_nothing_is_loaded(
-    make_saver, make_engine, config, name, value
+def test_a_run_of_another_identity_is_refused_by_what_differs_alone_and_nothing_is_loaded(
+    make_saver, make_engine, config, name, value, said
 ):
     make_saver().save(PROGRESS)
     engine, told = make_engine(seed=1), []
-    with pytest.raises(ValueError, match=f"was made with {name} .* --resume none") as error:
+    with pytest.raises(ValueError) as error:
         resume(engine, config, IDENTITY | {name: value}, SETTINGS, told.append)
-    assert repr(IDENTITY[name]) in str(error.value) and repr(value) in str(error.value)
+    assert str(error.value) == (
+        f"{config.run_dir}/checkpoints/step_000004 cannot be continued exactly: {said}. "
+        "Put back what it was made with, give another --out_dir, or start over with --resume none"
+    )
     assert same_weights(engine, make_engine(seed=1)) and told == []
 
 
@@ -108,11 +117,67 @@ def test_what_changed_and_may_change_is_said_and_nothing_else(make_saver, go_on)
     ]
 
 
-def test_starting_over_removes_the_checkpoints_and_says_so(make_saver, go_on, config):
+def test_a_data_file_that_changed_is_named(make_saver, go_on, config, tmp_path):
+    kept, changed, new = (write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name}]) for name in ("a", "b", "c"))
+    make_saver(data_path=[str(kept), str(changed)]).save(PROGRESS)
+    changed.write_text("more than it was")
+    with pytest.raises(ValueError) as error:
+        go_on(IDENTITY | {"data": "another hash"}, data_path=[str(tmp_path / "*.jsonl")], val_fraction=0.5)
+    causes = f"{new} was not among the training files; {changed} has changed; --val_fraction was 0.01 and is 0.5. "
+    assert f"cannot be continued exactly: {causes}" in str(error.value)
+
+
+def test_a_starting_model_that_changed_is_named(make_saver, go_on):
+    identity = IDENTITY | {"init_from": "a hash"}
+    saver = make_saver(init_from="out/pretrain_32")
+    saver.kept["identity"] = identity
+    saver.save(PROGRESS)
+    for folder, said in (("out/pretrain_32", "the model in out/pretrain_32 has changed"),
+                         ("other", "--init_from was out/pretrain_32 and is other")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"exactly: {said}\\. Put back"):
+            go_on(identity | {"init_from": "another"}, init_from=folder)
+
+
+def test_starting_over_moves_what_was_there_to_a_numbered_folder_and_says_where(make_saver, go_on, config):
+    for number in (1, 2):
+        make_saver().save(PROGRESS)
+        (config.run_dir / "metrics.jsonl").write_text(f"of run {number}")
+        progress, told, _ = go_on(IDENTITY | {"seed": 7}, resume="none")
+        backup = config.run_dir.with_name(f"pretrain_32.{number}")
+        assert progress == Progress() and list(config.run_dir.iterdir()) == []
+        assert told == [f"starting over: what was in {config.run_dir} is now in {backup}"]
+        assert checkpoint.damage(backup / "checkpoints/step_000004") is None
+        assert (backup / "model.safetensors").is_file()
+        assert (backup / "metrics.jsonl").read_text() == f"of run {number}"
+    assert go_on(resume="none")[1] == []  # nothing was there
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_of_a_run_that_was_started_over_goes_on(make_saver, go_on, monkeypatch, name):
     make_saver().save(PROGRESS)
-    progress, told, _ = go_on(IDENTITY | {"seed": 7}, resume="none")
-    assert progress == Progress() and checkpoints(config) == []
-    assert len(told) == 1 and told[0].startswith("starting over: the 1 checkpoints in ")
+    monkeypatch.setenv(name, "1")
+    progress, told, _ = go_on(resume="none")
+    assert progress == PROGRESS and told[0].startswith("restarted: --resume none was for the first start")
+    monkeypatch.setenv(name, "0")
+    assert go_on(resume="none")[0] == Progress()
+
+
+def test_checkpoints_of_which_none_is_whole_stop_the_run_and_stay(make_saver, go_on, config):
+    saver = make_saver()
+    for step in (2, 4):
+        saver.save(replace(PROGRESS, step=step), last=False)
+    folder = config.run_dir / "checkpoints"
+    for step in (2, 4):
+        (folder / f"step_{step:06d}" / "run.json").write_text("{}")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError) as error:
+        go_on()
+    assert str(error.value) == (
+        f"{folder}: none of the 2 checkpoints is whole; the newest, step_000004 is not used: run.json is damaged (its "
+        "hash differs from the one written). Nothing was changed: repair it or put back a copy, or start over with "
+        "--resume none, which moves them to a backup"
+    )
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_checkpoint_that_was_being_written_at_a_kill_is_cleared_away(make_saver, go_on, config):
@@ -141,6 +206,8 @@ def test_a_save_leaves_a_checkpoint_and_a_model_folder(make_saver, make_engine, 
         "progress": asdict(PROGRESS),
         "identity": IDENTITY,
         "config": SETTINGS,
+        "origin": origin(config),
+        "files": data_files(config),
     }
     read, weights = load_pretrained(config.run_dir).state_dict(), make_engine().weights()
     assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in read)
@@ -158,6 +225,15 @@ def test_a_step_is_saved_once(make_saver, config):
     assert (after.st_ino, after.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     resumed.save(replace(PROGRESS, step=5))
     assert checkpoints(config) == ["step_000004", "step_000005"]
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", "checkpoints"])
+def test_a_complete_run_whose_model_or_checkpoint_is_gone_writes_it_again(make_saver, config, tmp_path, gone):
+    make_saver().save(PROGRESS)
+    (config.run_dir / gone).rename(tmp_path / "elsewhere")
+    make_saver(progress=PROGRESS).save(PROGRESS)
+    assert checkpoint.damage(config.run_dir / "checkpoints/step_000004") is None
+    assert (config.run_dir / "model.safetensors").is_file()
 
 
 def test_keep_last_checkpoints_stay(make_saver, config):

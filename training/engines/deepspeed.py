@@ -38,7 +38,7 @@ from training.engines.contract import Machine, Weights
 from training.engines.deepspeed_config import Settings, deepspeed_settings, offload_device
 from training.engines.named_state import MOMENTS, TAG, NamedState, named_state, write_universal
 from training.engines.pytorch import Accumulating, PyTorchEngine, own_weights
-from training.optimizer import build_optimizers
+from training.optimizer import build_optimizers, own_settings
 
 DeepSpeed = Any  # what deepspeed.initialize returns; it has no types
 
@@ -270,7 +270,7 @@ class ZeroEngine(Accumulating):
     def load(self, folder: Path) -> None:
         form = folder / "form.json"
         if form.is_file() and json.loads(form.read_text()) == self.form():
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), own_settings([self.optimizer]):
                 self.network.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
             return
         with named_state(folder, self) as state:

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from training.engines import torch_files
 from training.engines.contract import Peers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,15 +31,14 @@ class NamedState:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        reader = dcp.FileSystemReader(folder)
-        self.keys = reader.read_metadata().state_dict_metadata.keys()
+        self.keys = torch_files.keys(folder)
         name = next((key for key in self.keys if key.startswith("optimizer.state.") and key.endswith(".step")), None)
         if name is None:
             raise ValueError(f"{folder}: no AdamW state here, so no other engine can take over from this checkpoint")
         self.step = float(self.load({name: torch.zeros(())})[name])
 
     def load(self, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-        dcp.load(wanted, checkpoint_id=self.folder, no_dist=True)
+        torch_files.load(wanted, self.folder, alone=True)
         return wanted
 
     def read(self, name: str, shape: torch.Size) -> dict[str, Tensor]:
@@ -66,7 +65,7 @@ class UniversalState(NamedState):
     def read(self, name: str, shape: torch.Size) -> dict[str, Tensor]:
         found = {}
         for slot in ("fp32", *MOMENTS):
-            content = torch.load(self.folder / name / f"{slot}.pt", weights_only=False, map_location="cpu")
+            content = torch.load(self.folder / name / f"{slot}.pt", weights_only=True, map_location="cpu")
             tensor = content["param"] if isinstance(content, dict) else content
             found[slot] = tensor.flatten()[: shape.numel()].view(shape).float()
         return found

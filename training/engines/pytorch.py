@@ -27,10 +27,11 @@ from dataset.batch import Batch
 from model import GPT
 from training import distributed
 from training.config import Config
+from training.engines import torch_files
 from training.engines.contract import B, Machine, T, Totals, Weights
 from training.engines.named_state import NamedState, is_deepspeed, named_state
 from training.objectives import Objective, Output
-from training.optimizer import build_optimizers
+from training.optimizer import build_optimizers, own_settings
 
 # one process that saves alone is what is meant; said once and for all, since background threads save as well
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -205,10 +206,12 @@ class PyTorchEngine(Accumulating):
         return {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.model, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
-        self.scaler.load_state_dict(state["scaler"])
+        with own_settings(self.optimizers):
+            set_state_dict(
+                self.model, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
     def save(self, folder: Path, background: bool) -> Future[Any] | None:
         alone = not dist.is_initialized()
@@ -233,7 +236,10 @@ class PyTorchEngine(Accumulating):
                 self.take_over(named)
             return
         state = self.state()
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        # one written in a type that scales no loss has no scale, and the scaler looks for it anew
+        if "scaler.scale" not in torch_files.keys(folder):
+            state["scaler"] = {}
+        torch_files.load(state, folder, alone=not dist.is_initialized())
         self.set_state(state)
 
     @torch.no_grad()
