@@ -120,6 +120,20 @@ def comes_back_by_name(engine: Any, folder: Path) -> bool:
     return state.step == 2 and equal and all(bool(part["exp_avg_sq"].any()) for part in parts.values())
 
 
+def keeps_its_settings(engine: Any, folder: Path) -> bool:
+    """Whether decay and betas stay what this run's flags say when state saved with others is loaded."""
+
+    def groups() -> list[dict[str, Any]]:
+        return [group for optimizer in engine.optimizers for group in optimizer.param_groups]
+
+    engine.save(folder, background=False)
+    for group in groups():
+        group |= {"weight_decay": 0.3, "betas": (0.7, 0.8)}
+    engine.barrier()
+    engine.load(folder)
+    return all((group["weight_decay"], group["betas"]) == (0.3, (0.7, 0.8)) for group in groups())
+
+
 def try_out(flags: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, **flags)
@@ -149,6 +163,7 @@ def try_out(flags: dict[str, Any]) -> dict[str, Any]:
         kept = comes_back_by_name(engine, Path(sys.argv[1]))
     return {
         "state by name": kept,
+        "settings are its own": keeps_its_settings(engine, Path(f"{sys.argv[1]}-{'-'.join(map(str, flags.values()))}")),
         "difference": difference_between_ranks(engine),
         "generator's difference": generators_difference(engine),
         "reductions": max(ddp_calls.values()) if ddp_calls else sum(reductions.calls.values()),

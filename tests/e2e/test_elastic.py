@@ -71,11 +71,12 @@ def assert_undisturbed(base: Path, out: Path) -> None:
 def test_a_killed_worker_is_started_again_and_the_losses_are_those_of_an_undisturbed_run(
     base: Path, tmp_path: Path
 ) -> None:
+    """Though the command says --resume none, which was for the first start."""
     log = tmp_path / "log"
     launch = [*TORCHRUN, "--nproc_per_node", "2", "--max_restarts", "1", "--master_port", str(free_port()), SCRIPT]
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [*launch, *flags_of(base, tmp_path), "--engine", "fsdp"],
+            [*launch, *flags_of(base, tmp_path), "--engine", "fsdp", "--resume", "none"],
             env=environment(), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:

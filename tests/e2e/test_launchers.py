@@ -89,6 +89,11 @@ def test_ranks_stay_equal_reduce_once_an_update_and_skip_a_bad_one(ranks: dict[s
     assert ranks[engine]["loss"] == pytest.approx(ranks["ddp"]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("engine", REDUCTIONS)
+def test_decay_and_betas_stay_the_runs_own_when_a_checkpoint_is_loaded(ranks: dict[str, Any], engine: str) -> None:
+    assert ranks[engine]["settings are its own"]
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_ranks_that_hold_one_model_between_them_do_not_divide_the_data(ranks: dict[str, Any], engine: str) -> None:
     """One micro-batch of 32 labels on rank 0, two on rank 1; nothing is summed over the two."""
