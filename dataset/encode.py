@@ -34,7 +34,7 @@ from dataset.workers import in_order, usable_cores
 Files = str | list[str]
 VERSION = 2  # raise it when the same rows and rules give other columns, so that old caches are left alone
 SPREAD_FROM = 16 << 20  # bytes: starting processes takes seconds, in which one encodes about as much
-MOST_WORKERS = 16  # one process feeds them, and is busy with that then
+MOST_WORKERS = 6  # each holds about 0.2 GB, and one process feeds them
 
 
 @dataclass

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -302,6 +303,27 @@ def test_a_cache_folder_without_its_report_is_made_again(encode, tmp_path):
     encode("pretrain", ROWS)
     next((tmp_path / "cache").glob("*/report.json")).unlink()
     assert encode("pretrain", ROWS).report.used == 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs the list of what is mapped into memory")
+def test_nothing_is_renamed_or_removed_that_is_mapped_into_memory(encode, monkeypatch):
+    """Windows refuses that."""
+    moved = []
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(path, *arguments, **settings):
+            moved.append(name)
+            assert str(path) not in Path("/proc/self/maps").read_text()
+            return real(path, *arguments, **settings)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(encode_module.shutil, "rmtree")
+    watch(Path, "rename")
+    kept = [encode("pretrain", ROWS, val_fraction=0.3, part=part) for part in ("train", "val", "train")]
+    assert "rename" in moved and str(kept[0].columns.cache_files[0]["filename"]) in Path("/proc/self/maps").read_text()
 
 
 # --- held-out documents ---
