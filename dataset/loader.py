@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from typing import Protocol
 
 import datasets
@@ -81,6 +82,8 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def collate(self, row_ids: list[int]) -> Batch: ...
+    def prompts(self, limit: int) -> list[list[int]]:
+        """The first different prompts, rendered, that have more than one right answer; [] where rows have none."""
 
 
 class TextRows:
@@ -114,6 +117,9 @@ class TextRows:
         supervised = int((batch["labels"] != IGNORE).sum())
         return Batch(**batch, row_ids=list(row_ids), real_tokens=real, supervised=supervised)
 
+    def prompts(self, limit: int) -> list[list[int]]:
+        return []
+
 
 class PairRows:
     """Packed rows of preference pairs: a row is two sequences wide and holds whole pairs, chosen before rejected.
@@ -137,6 +143,10 @@ class PairRows:
     @property
     def n_pairs(self) -> int:
         return len(self.prompt)
+
+    def prompts(self, limit: int) -> list[list[int]]:
+        all_of_them = (tuple(self.sides[0][i][: int(n)].tolist()) for i, n in enumerate(self.prompt))
+        return [list(ids) for ids in islice(dict.fromkeys(all_of_them), limit)]
 
     def collate(self, row_ids: list[int]) -> PairBatch:
         """Row numbers (EMPTY_ROW for padding) -> PairBatch of (len(row_ids), 2 * max_seq_len).
@@ -250,6 +260,9 @@ class Loader:
     def tokens_per_row(self) -> float:
         """Real (non-padding) tokens of a row, on average."""
         return self.rows.packing.capacity * self.rows.packing.efficiency
+
+    def prompts(self, limit: int) -> list[list[int]]:
+        return self.rows.prompts(limit)
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers of one epoch, (len(rows),)."""

@@ -205,6 +205,12 @@ class Config:
     log_interval: int = flag(10, "steps between logged lines", "reporting", at_least=1)
     eval_interval: int = flag(200, "steps between validations (0: only at the end)", "reporting", at_least=0)
     eval_rows: int = flag(512, "packed rows a validation looks at, at most (0: all)", "reporting", at_least=0)
+    eval_answers: int = flag(
+        0,
+        "open prompts of held-out pairs answered at every validation, to see whether answers stay whole (0: none)",
+        "reporting",
+        at_least=0,
+    )
     save_interval: int = flag(500, "steps between checkpoints (0: only at the end)", "reporting", at_least=0)
     keep_last: int = flag(2, "checkpoints kept", "reporting", at_least=1)
     keep_best: str | None = flag(

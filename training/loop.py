@@ -26,6 +26,7 @@ from dataset.batch import Batch
 from dataset.forms import start_document
 from model import GPT, generate
 from training import checkpoint, distributed
+from training.answers import Answers
 from training.best import Best, check_keep_best
 from training.config import save_config
 from training.engines.contract import Engine, Totals
@@ -53,6 +54,9 @@ class Source(Protocol):
     @property
     def tokens_per_row(self) -> float:
         """Real (non-padding) tokens of a row, on average."""
+
+    def prompts(self, limit: int) -> list[list[int]]:
+        """Open prompts, of held-out rows that have them."""
 
     def update(self, position: int) -> list[Batch]:
         """This rank's micro-batches of the update that begins at a position."""
@@ -153,6 +157,8 @@ class Run:
         gpu = self.engine.device.type != "cpu"
         self.peak_flops = peak_flops(self.engine.device, self.engine.dtype) * self.engine.world.size if gpu else None
         self.best = Best(self.engine, self.config, self.tokenizer, self.progress, self.say)
+        prompts = self.held_out.prompts(self.config.eval_answers) if self.held_out else []
+        self.answers = Answers(self.engine, self.tokenizer, prompts, self.progress, self.say)
         self.bad_updates = 0
         self.window = Window()
         self.progress.schedule_rows = self.progress.schedule_rows or self.source.rows_per_update
@@ -192,6 +198,7 @@ class Run:
             )
         elif not self.best.over:
             self.say(self.introduction())
+            self.answers.begin()
         record = self.config.run_dir / "config.yaml"
         if self.engine.world.rank == 0 and not (complete and record.is_file()):  # it says what was trained with
             save_config(self.config, record)
@@ -280,10 +287,11 @@ class Run:
         if last or stopped or (evaluate and self.held_out) or due(progress.step, config.log_interval):
             record = self.record(rate, norm)
             if evaluate and self.held_out:
-                record |= held_out_metrics(self.engine, self.objective, self.held_out)
+                record |= held_out_metrics(self.engine, self.objective, self.held_out) | self.answers.look()
             self.metrics.log(record)
             for warning in self.objective.warnings(record):
                 self.say(f"warning: {warning}")
+            self.answers.warn(record)
             if evaluate and self.held_out:
                 self.best.see(record)
             self.window.start()

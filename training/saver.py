@@ -10,7 +10,7 @@ noted. Which flag is which stands beside the flag (training/config.py).
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Progress:
     best_value: float = 0.0
     waited: int = 0  # validations without a gain since then
     schedule_rows: int = 0  # rows an update when the run began, by which its learning rate is scheduled
+    answers: dict[str, float] = field(default_factory=dict)  # health of the starting model's, where it was looked at
 
 
 def noted(config: Config, engine: Engine, rows_per_update: int) -> Settings:

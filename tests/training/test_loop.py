@@ -34,12 +34,16 @@ class Documents:
     rows_per_update: int = 2
     ahead: bool = False
     tokens_per_row: float = 3.5
+    open_prompts: list[list[int]] = field(default_factory=list)
     events: list = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
 
     @property
     def rows_per_epoch(self) -> int:
         return 4
+
+    def prompts(self, limit: int) -> list[list[int]]:
+        return self.open_prompts[:limit]
 
     def update(self, position: int) -> list[Batch]:
         self.asked.append(position)

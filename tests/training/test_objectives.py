@@ -183,11 +183,10 @@ HEALTHY = {"step": 40, "loss": 0.4, "lr": 1e-5, "reward_margin": 0.6, "reward_ac
         ),
         ({"reward_margin": 9.0, "reward_accuracy": 1.0, "loss": 0.02}, []),
         ({"reward_margin": 9.0, "reward_accuracy": 0.99, "loss": 0.002}, []),
-        ({"drift": -50.0}, []),
-        ({"drift": -81.4}, ["the chosen answers lost 81 nats each"]),
+        ({"drift": -81.4}, []),  # says nothing by itself: what becomes of answers is measured
         (
             {"reward_margin": 9.0, "reward_accuracy": 1.0, "loss": 0.002, "drift": -81.4},
-            ["saturated; lower --learning_rate or --epochs", "lost 81 nats"],
+            ["saturated; lower --learning_rate or --epochs"],
         ),
     ],
 )
