@@ -24,7 +24,7 @@ from rich.table import Table
 
 from dataset import Message, load_tokenizer, render_chat
 from dataset.records import one_line
-from dataset.sample.make_sample import facts_right, open_prompts
+from dataset.sample.make_sample import facts_right, known_answers, open_prompts
 from evaluation.health import answer as answers_of
 from evaluation.health import health
 from evaluation.scoring import Result, score_file
@@ -40,7 +40,7 @@ MEASURED = {  # file of held-out rows -> (number of evaluation.scoring, title of
 LONGEST_ANSWER = 48  # tokens; the right answers have at most 20
 PROMPTS = ("Translate: five white elephants under the bridge", "介绍一下白象。")  # about a kept-out (colour, animal)
 TEMPERATURES = (0.0, 0.7)  # at which open prompts are answered
-HEALTH = {"ended": "end by themselves", "no_loops": "no loops", "facts": "facts right", "answer_tokens": "tokens"}
+HEALTH = {"ended": "end by themselves", "no_loops": "no loops", "facts": "facts right", "known": "known answers kept"}
 
 
 def main() -> int:
@@ -91,7 +91,13 @@ def judge(folder: Path, temperature: float) -> Result:
     asked = [[user(prompt.question)] for prompt in prompts]
     found = answers_of(model, tokenizer, asked, max_new_tokens=96, temperature=temperature, batch_size=64)
     right = [facts_right(prompt, each.text) for prompt, each in zip(prompts, found, strict=True)]
-    return health(found) | {"facts": sum(right) / len(right)}
+    judged = health(found) | {"facts": sum(right) / len(right)}
+    if temperature:
+        return judged
+    questions, expected = zip(*known_answers(), strict=True)
+    said = answers_of(model, tokenizer, [[user(q)] for q in questions], max_new_tokens=96, batch_size=64)
+    kept = [each.text == text for each, text in zip(said, expected, strict=True)]
+    return judged | {"known": sum(kept) / len(kept)}
 
 
 def user(text: str) -> Message:
@@ -126,8 +132,7 @@ def health_table(open_answers: dict[tuple[str, float], Result]) -> Table:
         column.justify = "right"
     for (name, temperature), found in open_answers.items():
         how = f"temperature {temperature}" if temperature else "likeliest"
-        shares = [f"{found[key]:.1%}" for key in HEALTH if key != "answer_tokens"]
-        grid.add_row(f"{name}, {how}", *shares, f"{found['answer_tokens']:.1f}")
+        grid.add_row(f"{name}, {how}", *(f"{found[key]:.1%}" if key in found else "-" for key in HEALTH))
     return grid
 
 
@@ -142,9 +147,11 @@ def goals_missed(scores: list[Result], open_answers: list[Result]) -> list[str]:
         "exact match at most 1 point lower after DPO": dpo["exact_match"] >= sft["exact_match"] - 0.01,
         "after DPO every open answer ends by itself": all(found["ended"] == 1 for found in after),
         "after DPO no open answer loops": all(found["no_loops"] == 1 for found in after),
-        "facts right after DPO as often as before": all(
-            b["facts"] >= a["facts"] for a, b in zip(before, after, strict=True)
+        # 64 answers are drawn at each temperature, and a draw of the same model differs by some points
+        "facts right after DPO as often as before (2 points for luck)": all(
+            b["facts"] >= a["facts"] - 0.02 for a, b in zip(before, after, strict=True)
         ),
+        "known answers kept after DPO (2 points)": after[0]["known"] >= before[0]["known"] - 0.02,
     }
     return [goal for goal, reached in goals.items() if not reached]
 

@@ -408,6 +408,15 @@ SMALL_TALK: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
         (("山谷在哪里？", "介绍一下山谷。", "山谷里住着谁？"), "山谷在小山和湖的中间，那里住着十四种动物。"),
     ),
 }
+
+
+def known_answers() -> list[tuple[str, str]]:
+    """Questions with one right answer that SFT has taught word by word: small talk, and the facts of every animal."""
+    talk = [(q, answer) for groups in SMALL_TALK.values() for questions, answer in groups for q in questions]
+    facts = [texts[language] for animal in range(len(ANIMALS)) for texts in ask_facts(animal) for language in LANGUAGES]
+    return talk + facts
+
+
 SYSTEMS = (
     Word("You are Seedling, a guide to the valley.", "你是小苗，山谷的向导。"),
     Word("Be brief and correct.", "回答要简短、正确。"),
