@@ -34,7 +34,7 @@ from training.metrics import Metrics, Record, peak_flops, peak_memory_mb
 from training.objectives import Objective
 from training.optimizer import learning_rate
 from training.run_folder import held
-from training.saver import Progress, Saver, Say, Settings, noted, resume
+from training.saver import Progress, Saver, Settings, noted, resume
 from training.setup import Start
 
 BAD_UPDATES = 3  # non-finite updates in a row that stop the run
@@ -75,41 +75,27 @@ def train(
     `identity` holds what must be equal for a resumed run to continue this one exactly (data, seed, shape, start).
     Raises ValueError for a checkpoint of another identity, and after several non-finite updates in a row.
     """
-    config = start.config
-    check_keep_best(config, objective, held_out is not None)
+    config, first = start.config, engine.world.rank == 0
     say = partial(print, flush=True)
+    check_keep_best(config, objective, held_out is not None)
     checkpoint.share_folder(engine, config.run_dir)
     # one that was started again by itself may find the process before it still dying on another node
     patience = config.comm_timeout if distributed.restarted() else 0
     with held(engine, config.run_dir, patience, say):
-        run = prepare(engine, objective, source, held_out, start, identity, say)
-        with explained(run), run.metrics:
+        # dropout differs between ranks; nothing random before this counts
+        torch.manual_seed(config.seed + engine.world.rank)
+        settings = noted(config, engine, source.rows_per_update)
+        progress = resume(engine, config, identity, settings, say)
+        total_steps = planned_steps(source, progress, config.max_steps)
+        metrics = Metrics(
+            config.run_dir, asdict(config), stage=config.stage, total_steps=total_steps, start_step=progress.step,
+            enabled=first, use_wandb=config.use_wandb, wandb_project=config.wandb_project,
+            wandb_run_name=config.wandb_run_name or config.run_dir.name, use_tensorboard=config.use_tensorboard,
+        )  # fmt: skip
+        saver = Saver(engine, config, start.tokenizer, identity, settings, progress, total_steps, metrics.print)
+        run = Run(engine, objective, source, held_out, start, progress, total_steps, metrics, saver)
+        with explained(run), metrics:
             run.loop()
-
-
-def prepare(
-    engine: Engine,
-    objective: Objective[Any],
-    source: Source,
-    held_out: Source | None,
-    start: Start[Any],
-    identity: Settings,
-    say: Say,
-) -> "Run":
-    """A run that stands where its checkpoint left it, or at the very start."""
-    config, first = start.config, engine.world.rank == 0
-    # dropout differs between ranks; nothing random before this counts
-    torch.manual_seed(config.seed + engine.world.rank)
-    settings = noted(config, engine, source.rows_per_update)
-    progress = resume(engine, config, identity, settings, say)
-    total_steps = planned_steps(source, progress, config.max_steps)
-    metrics = Metrics(
-        config.run_dir, asdict(config), stage=config.stage, total_steps=total_steps, start_step=progress.step,
-        enabled=first, use_wandb=config.use_wandb, wandb_project=config.wandb_project,
-        wandb_run_name=config.wandb_run_name or config.run_dir.name, use_tensorboard=config.use_tensorboard,
-    )  # fmt: skip
-    saver = Saver(engine, config, start.tokenizer, identity, settings, progress, total_steps, metrics.print)
-    return Run(engine, objective, source, held_out, start, progress, total_steps, metrics, saver)
 
 
 @contextlib.contextmanager
