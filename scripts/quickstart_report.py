@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rich.console import Console
 from rich.table import Table
 
-from dataset import Message, load_tokenizer, render_chat
+from dataset import Message, load_tokenizer
 from dataset.records import one_line
 from dataset.sample.make_sample import facts_right, known_answers, open_prompts
 from evaluation.health import answer as answers_of
 from evaluation.health import health
 from evaluation.scoring import Result, score_file
-from model import GPT, generate, load_pretrained
+from model import load_pretrained
 from training import STAGES
 
 SAMPLE = Path(__file__).parent.parent / "dataset" / "sample"
@@ -106,11 +106,9 @@ def user(text: str) -> Message:
 
 def answer(folder: Path, prompt: str) -> str:
     """The likeliest answer."""
-    model: GPT = load_pretrained(folder)
-    tokenizer = load_tokenizer(folder)
-    ids = render_chat(tokenizer, [user(prompt)], add_generation_prompt=True).ids
-    (found,) = generate(model, [ids], max_new_tokens=96, temperature=0, stop_ids=tokenizer.stop_ids)
-    return tokenizer.decode(found.ids)
+    model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
+    (found,) = answers_of(model, tokenizer, [[user(prompt)]], max_new_tokens=96)
+    return found.text
 
 
 def table(scores: list[Result], seconds: Sequence[int | str]) -> Table:

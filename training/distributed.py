@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from dataset.workers import usable_cores
+
 FIRST_CONTACT = 120.0  # seconds for all ranks to meet; a missing one is an error then, not a silent hang
 
 PREPARATION = timedelta(hours=4)  # nodes may tokenize the same data for hours, one faster than another
@@ -159,9 +161,8 @@ def cpu_threads(world: World) -> int:
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list has a number for each nested level
     if given.isdecimal() and int(given) and not (given == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         return int(given)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # rounded down: threads wait for each other, and all would wait for one that the quota holds back
-    return max(1, int(min(cores, cpu_quota())) // world.local_size)
+    return max(1, int(min(usable_cores(), cpu_quota())) // world.local_size)
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
