@@ -26,9 +26,9 @@ def main(asked: DPOConfig) -> None:
     identity = run_identity(start, data)
     engine = build_engine(start.model, start.config, machine, start.weights)
 
-    # 6. The reference: the starting model's own log-probabilities, computed once and cached
-    for rows in data.rows:
-        fill_reference(rows, engine, start.config, identity["init_from"])
+    # 6. The reference: the starting model's own log-probabilities of the pairs this run comes to, cached
+    for loader in data.parts:
+        fill_reference(loader, engine, start.config, identity["init_from"])
 
     # 7. Train, and leave a Hugging Face model folder
     train(engine, objective, data.train, data.val, start, identity)

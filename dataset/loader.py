@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
@@ -69,16 +69,13 @@ class Column:
         offsets, place = self.offsets[chunk], i - self.first[chunk]
         return self.values[chunk][offsets[place] : offsets[place + 1]]
 
-    def tokens(self, i: int) -> torch.Tensor:
-        """int64 (length of row i,)."""
-        return torch.from_numpy(self[i].astype(np.int64))
-
 
 class Rows(Protocol):
     """Packed rows of one part of the data."""
 
     encoded: Encoded
     packing: Packing
+    fingerprint: str  # of the data and of how it stands in rows
 
     def __len__(self) -> int: ...
     def collate(self, row_ids: list[int]) -> Batch: ...
@@ -92,6 +89,7 @@ class TextRows:
 
     def __init__(self, encoded: Encoded, max_seq_len: int, pad_id: int):
         self.encoded, self.pad_id = encoded, pad_id
+        self.fingerprint = encoded.fingerprint
         self.ids = Column(encoded.columns, "ids")
         self.spans = Column(encoded.columns, "spans") if "spans" in encoded.columns.column_names else None
         # a document of n tokens has n - 1 pairs of input and label
@@ -102,27 +100,30 @@ class TextRows:
 
     def collate(self, row_ids: list[int]) -> Batch:
         """Row numbers (EMPTY_ROW for padding) -> Batch of (len(row_ids), max_seq_len)."""
-        batch = blank(len(row_ids), self.packing.capacity, self.pad_id)
-        real = 0
-        for i, row in enumerate(row_ids):
-            place = 0
-            for document, start, length in pieces_of(self.packing, row):
-                here = slice(place, place + length)
-                tokens = self.ids.tokens(document)[start : start + length + 1]
-                batch["input_ids"][i, here] = tokens[:-1]
-                batch["labels"][i, here] = tokens[1:] if self.spans is None else supervise(tokens, self.spans[document])
-                batch["position_ids"][i, here] = torch.arange(length)
-                place += length
-            real += place
-        supervised = int((batch["labels"] != IGNORE).sum())
-        return Batch(**batch, row_ids=list(row_ids), real_tokens=real, supervised=supervised)
+        shape = (len(row_ids), self.packing.capacity)
+        row, document, start, length = pieces_of(self.packing, row_ids)
+        pieces = zip(document.tolist(), start.tolist(), length.tolist(), strict=True)
+        runs = [self.ids[d][s : s + n + 1] for d, s, n in pieces]  # and one token more: the last label
+        laid = lay_out(runs, np.zeros(len(runs), dtype=np.int64), row, shape)
+        learnt = np.ones(len(laid.places), dtype=bool)
+        if self.spans is not None:
+            learnt = supervised([self.spans[d] for d in document.tolist()], length)
+        ends = np.union1d(laid.ends, row_ends(shape))  # what is left of a row is a sequence of padding
+        return Batch(
+            **tensors(laid, learnt, shape, self.pad_id),
+            cu_seqlens=cumulative(ends, shape[0] * (self.packing.most_pieces + 1)),
+            longest=shape[1],
+            row_ids=list(row_ids),
+            real_tokens=len(laid.places),
+        )
 
     def prompts(self, limit: int) -> list[list[int]]:
         return []
 
 
 class PairRows:
-    """Packed rows of preference pairs: a row is two sequences wide and holds whole pairs, chosen before rejected.
+    """Packed rows of preference pairs: a row is two sequences wide and holds whole pairs, of which each is prompt and
+    chosen answer, then the rejected answer from the prompt's last token on: the prompt is there once.
 
     reference: float32 (pairs, 2), log-probabilities of the answers under the frozen starting model, nats. It is filled
     by whoever holds that model (training/reference.py); until then there are no batches.
@@ -132,10 +133,14 @@ class PairRows:
 
     def __init__(self, encoded: Encoded, max_seq_len: int, pad_id: int):
         self.encoded, self.pad_id = encoded, pad_id
+        self.fingerprint = f"{encoded.fingerprint}, prompts once"
         self.sides = [Column(encoded.columns, "chosen"), Column(encoded.columns, "rejected")]
-        self.prompt = np.asarray(encoded.columns.with_format("numpy")["prompt"])
-        lengths = self.sides[0].lengths() + self.sides[1].lengths() - 2
+        self.prompt = np.asarray(encoded.columns.with_format("numpy")["prompt"]).astype(np.int64)
+        self.shared = np.maximum(self.prompt, 1) - 1  # places of a pair that both answers look back on
+        lengths = self.sides[0].lengths() + self.sides[1].lengths() - 2 - self.shared
         self.packing = pack(lengths, 2 * max_seq_len, split=False)
+        shared = np.add.reduceat(self.shared[self.packing.document], self.packing.offsets[:-1])
+        self.most_shared = int(shared.max(initial=0))
 
     def __len__(self) -> int:
         return len(self.packing)
@@ -148,67 +153,152 @@ class PairRows:
         all_of_them = (tuple(self.sides[0][i][: int(n)].tolist()) for i, n in enumerate(self.prompt))
         return [list(ids) for ids in islice(dict.fromkeys(all_of_them), limit)]
 
+    def pairs_of(self, row_ids: list[int]) -> list[int]:
+        """Numbers of the pairs in these rows, in the order of a batch."""
+        return pieces_of(self.packing, row_ids)[1].tolist()
+
     def collate(self, row_ids: list[int]) -> PairBatch:
         """Row numbers (EMPTY_ROW for padding) -> PairBatch of (len(row_ids), 2 * max_seq_len).
 
-        Raises ValueError while there is no reference.
+        Raises ValueError for pairs without a reference.
         """
-        if self.reference is None:
+        shape = (len(row_ids), self.packing.capacity)
+        row, pair, _, _ = pieces_of(self.packing, row_ids)
+        if self.reference is None or np.isnan(self.reference[pair]).any():
             raise ValueError("these pairs have no reference log-probabilities yet; fill_reference computes them")
-        batch = blank(len(row_ids), self.packing.capacity, self.pad_id)
-        segment = torch.full_like(batch["labels"], -1)
-        pairs: list[int] = []
-        real = 0
-        for i, row in enumerate(row_ids):
-            place = 0
-            for pair, _, _ in pieces_of(self.packing, row):
-                for side, column in enumerate(self.sides):
-                    tokens = column.tokens(pair)
-                    length, prompt = len(tokens) - 1, int(self.prompt[pair])
-                    here, answer = slice(place, place + length), slice(place + prompt - 1, place + length)
-                    batch["input_ids"][i, here] = tokens[:-1]
-                    batch["position_ids"][i, here] = torch.arange(length)
-                    batch["labels"][i, answer] = tokens[prompt:]
-                    segment[i, answer] = 2 * len(pairs) + side
-                    place += length
-                pairs.append(pair)
-            real += place
+        pairs, shared = pair.tolist(), self.shared[pair]
+        sides = [(self.sides[0][i], self.sides[1][i][n:]) for i, n in zip(pairs, shared.tolist(), strict=True)]
+        runs = [run for side in sides for run in side]
+        firsts = np.stack((np.zeros_like(shared), shared), 1).flatten()
+        laid = lay_out(runs, firsts, np.repeat(row, 2), shape)
+        run = np.repeat(np.arange(len(runs)), laid.lengths)  # 2 * pair, and 1 more on the rejected side
+        learnt = laid.positions >= np.repeat(shared, 2)[run]
+        segment = np.full(shape, -1)
+        segment.flat[laid.places[learnt]] = run[learnt]
+        places, lengths = two_ways(laid, shared, shape)
+        tokens = np.empty(shape[0] * shape[1], dtype=np.int64)
+        tokens[places[::-1]] = np.arange(len(places))[::-1]  # of several, the first
         return PairBatch(
-            **batch,
+            **tensors(laid, learnt, shape, self.pad_id),
+            cu_seqlens=cumulative(lengths.cumsum(), shape[0] * (2 * self.packing.most_pieces + 1)),
+            longest=shape[1],
+            places=torch.from_numpy(fixed(places, shape[0] * (shape[1] + self.most_shared), 0)),
+            tokens=torch.from_numpy(tokens),
             row_ids=list(row_ids),
-            real_tokens=real,
-            supervised=int((batch["labels"] != IGNORE).sum()),
-            segment=segment,
+            real_tokens=len(laid.places),
+            segment=torch.from_numpy(segment),
             pair_ids=pairs,
             reference=torch.from_numpy(self.reference[pairs]),
         )
 
 
-def blank(rows: int, sequence: int, pad_id: int) -> dict[str, Tensor]:
-    """Tensors of nothing but padding."""
-    shape = (rows, sequence)
+class Laid(NamedTuple):
+    """Runs of tokens laid into rows, one after another; arrays are int64, (tokens,) where nothing else is said."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    places: np.ndarray  # where each stands in the rows end to end
+    lengths: np.ndarray  # (runs,)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """The place after each run, (runs,)."""
+        return self.places[self.lengths.cumsum() - 1] + 1
+
+
+def lay_out(runs: list[np.ndarray], firsts: np.ndarray, row: np.ndarray, shape: tuple[int, int]) -> Laid:
+    """Runs of n + 1 tokens, each n inputs and the labels after them, in order into the rows they are for.
+
+    firsts: position of each run's first token; row: the row of each, ascending.
+    """
+    tokens = np.concatenate([np.zeros(0, dtype=np.int64), *runs])
+    lengths = np.array([len(run) - 1 for run in runs], dtype=np.int64)
+    ends = lengths.cumsum()
+    labels = np.delete(tokens, ends - lengths + np.arange(len(runs)))
+    inputs = np.delete(tokens, ends + np.arange(len(runs)))
+    count = np.arange(len(inputs))
+    in_row = np.bincount(row, lengths, shape[0]).astype(np.int64)
+    skipped = np.arange(shape[0]) * shape[1] - (in_row.cumsum() - in_row)  # places left empty in the rows before
+    positions = count + np.repeat(firsts - (ends - lengths), lengths)
+    return Laid(inputs, labels, positions, count + np.repeat(skipped[row], lengths), lengths)
+
+
+def tensors(laid: Laid, learnt: np.ndarray, shape: tuple[int, int], pad_id: int) -> dict[str, Any]:
+    """What all batches hold: padding, and the laid tokens over it. learnt: bool (tokens,), which labels are."""
+
+    def rows(padding: int, at: np.ndarray, values: np.ndarray) -> Tensor:
+        filled = np.full(shape, padding, dtype=np.int64)
+        filled.flat[at] = values
+        return torch.from_numpy(filled)
+
+    places = laid.places[learnt]
     return {
-        "input_ids": torch.full(shape, pad_id, dtype=torch.long),
-        "labels": torch.full(shape, IGNORE, dtype=torch.long),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "input_ids": rows(pad_id, laid.places, laid.inputs),
+        "labels": rows(IGNORE, places, laid.labels[learnt]),
+        "position_ids": rows(0, laid.places, laid.positions),
+        "learnt": torch.from_numpy(places),
+        "supervised": len(places),
     }
 
 
-def pieces_of(packing: Packing, row: int) -> list[tuple[int, int, int]]:
-    """(document, start, length) of every piece in a row."""
-    if row == EMPTY_ROW:
-        return []
-    here = slice(int(packing.offsets[row]), int(packing.offsets[row + 1]))
-    columns = (column[here].tolist() for column in (packing.document, packing.start, packing.length))
-    return list(zip(*columns, strict=True))
+def two_ways(laid: Laid, shared: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The places of the sequences of pairs, end to end, and the sequences' lengths: of every pair prompt and chosen
+    answer, then prompt and rejected answer; of every row what is left.
+
+    shared: (pairs,) places of each that belong to both.
+    """
+    runs = np.split(laid.places, laid.lengths.cumsum()[:-1]) if len(laid.lengths) else []
+    sequences = []
+    for chosen, rejected, both in zip(runs[::2], runs[1::2], shared.tolist(), strict=True):
+        sequences += [chosen, chosen[:both], rejected]
+    lengths = laid.lengths.copy()
+    lengths[1::2] += shared
+    padding = np.delete(np.arange(shape[0] * shape[1]), laid.places)
+    left = np.bincount(padding // shape[1], minlength=shape[0])
+    return np.concatenate([*sequences, padding]), np.concatenate([lengths, left])
+
+
+def row_ends(shape: tuple[int, int]) -> np.ndarray:
+    return np.arange(1, shape[0] + 1) * shape[1]
+
+
+def cumulative(ends: np.ndarray, most: int) -> Tensor:
+    """Cumulative lengths of at most so many sequences: int32 (most + 1,), whatever their number."""
+    return torch.from_numpy(fixed(np.concatenate(([0], ends)), most + 1, ends[-1]).astype(np.int32))
+
+
+def fixed(values: np.ndarray, size: int, filling: int) -> np.ndarray:
+    """Filled up to a size that does not depend on the batch: compiled code and CUDA graphs want one shape."""
+    return np.concatenate((values, np.full(size - len(values), filling, dtype=values.dtype)))
+
+
+def pieces_of(packing: Packing, row_ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Index among `row_ids`, document, start and length of every piece in these rows, in order."""
+    ids = np.array(row_ids, dtype=np.int64)
+    first, last = packing.offsets[ids], np.where(ids == EMPTY_ROW, packing.offsets[ids], packing.offsets[ids + 1])
+    row = np.repeat(np.arange(len(ids)), last - first)
+    here = np.concatenate([np.arange(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True)])
+    return row, packing.document[here], packing.start[here], packing.length[here]
+
+
+def supervised(spans: list[np.ndarray], lengths: np.ndarray) -> np.ndarray:
+    """Which labels of whole documents stand within their spans (start, end, start, end ...; of tokens): bool (labels,).
+
+    lengths: labels of each document; label i is its token i + 1.
+    """
+    edges = np.concatenate([np.zeros(0, dtype=np.int64), *spans]).reshape(-1, 2).astype(np.int64)
+    begin = np.repeat(lengths.cumsum() - lengths, [len(each) // 2 for each in spans])
+    change = np.zeros(int(lengths.sum()) + 1, dtype=np.int64)
+    np.add.at(change, begin + np.maximum(edges[:, 0] - 1, 0), 1)
+    np.add.at(change, begin + edges[:, 1] - 1, -1)
+    return change.cumsum()[:-1] > 0
 
 
 def supervise(tokens: torch.Tensor, spans: np.ndarray) -> torch.Tensor:
-    """Labels of a whole document: the next token within the spans (start, end, start, end ...), IGNORE elsewhere."""
-    labels = torch.full((len(tokens) - 1,), IGNORE)
-    for start, end in spans.reshape(-1, 2).tolist():
-        labels[max(start - 1, 0) : end - 1] = tokens[max(start, 1) : end]
-    return labels
+    """Labels of one document: the next token within the spans, IGNORE elsewhere."""
+    learnt = torch.from_numpy(supervised([spans], np.array([len(tokens) - 1])))
+    return torch.where(learnt, tokens[1:], IGNORE)
 
 
 def micro_batches(rows_per_update: int, rows_together: int) -> int:
@@ -269,6 +359,13 @@ class Loader:
         if not self.shuffle:
             return np.arange(len(self.rows))
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+
+    def rows_before(self, position: int) -> np.ndarray:
+        """Numbers of the rows, each once, that stand before a position, or before the end where that comes first."""
+        left = min(position, self.total_rows)
+        if left >= len(self.rows):
+            return np.arange(len(self.rows))
+        return np.sort(self.row_order(0)[:left])
 
     def row_at(self, position: int) -> int:
         if position >= self.total_rows:

@@ -18,9 +18,10 @@ MB = 1 << 20
 class Progress:
     """Told of bytes that are done; it says so when it is time to."""
 
-    def __init__(self, doing: str, total: int, show: bool = True):
-        """total: bytes there are to do."""
-        self.doing, self.total, self.show = doing, total, show
+    def __init__(self, doing: str, total: int, show: bool = True, unit: str = "MB"):
+        """total: bytes there are to do, or pieces of another `unit`."""
+        self.doing, self.total, self.show, self.unit = doing, total, show, unit
+        self.size = MB if unit == "MB" else 1
         self.terminal = sys.stderr.isatty()
         self.done = self.rows = 0
         self.began = time.monotonic()
@@ -31,7 +32,7 @@ class Progress:
         return self
 
     def update(self, size: int, rows: int = 0) -> None:
-        """`size` more bytes are done, and the rows that they held."""
+        """`size` more bytes (or pieces) are done, and the rows that they held."""
         self.done += size
         self.rows += rows
         now = time.monotonic()
@@ -39,8 +40,8 @@ class Progress:
             self.next = now + (0.2 if self.terminal else 10)
             speed = self.done / (now - self.began)
             left = tqdm.format_interval(int((self.total - self.done) / speed)) if speed else "?"
-            done = f"{self.done / MB:,.0f} of {self.total / MB:,.0f} MB"
-            self.say(f"{done}{self.counted()}, {speed / MB:,.1f} MB/s, {left} left")
+            done = f"{self.done / self.size:,.0f} of {self.total / self.size:,.0f} {self.unit}"
+            self.say(f"{done}{self.counted()}, {speed / self.size:,.1f} {self.unit}/s, {left} left")
 
     def counted(self) -> str:
         return f", {self.rows:,} rows" if self.rows else ""
@@ -57,6 +58,6 @@ class Progress:
             return
         if error is None:
             seconds = tqdm.format_interval(int(time.monotonic() - self.began))
-            self.say(f"{self.done / MB:,.0f} MB{self.counted()} in {seconds}")
+            self.say(f"{self.done / self.size:,.0f} {self.unit}{self.counted()} in {seconds}")
         if self.terminal:
             print(file=sys.stderr, flush=True)

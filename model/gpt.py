@@ -22,11 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.attention import Context, Layout, attend, prepare
 from model.config import GPTConfig
 
 IGNORE = -100  # a label that is not learnt
-# tokens whose logits are held at a time; a CPU is fastest where they fit its cache (512 x 6400 float32 are 13 MB)
-LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
+# memory for the logits that are held at a time: a CPU is fastest where its cache holds them (512 tokens of 6,400
+# pieces), a GPU wants large products. They are of no fewer than LOSS_TOKENS tokens, however large the vocabulary is.
+LOSS_BYTES = {"cpu": 13_107_200, "cuda": 1 << 28}
+LOSS_TOKENS = 128
 
 
 class RMSNorm(nn.Module):
@@ -62,13 +65,13 @@ def rope_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
 
 
 def rotary(position_ids: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, float32, each (batch, 1, sequence, head_dim / 2)."""
-    angles = position_ids[:, None, :, None].float() * rope_frequencies(config, position_ids.device)
+    """Cosine and sine of every position's angles, float32, each (batch, sequence, 1, head_dim / 2)."""
+    angles = position_ids[:, :, None, None].float() * rope_frequencies(config, position_ids.device)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (batch, heads, sequence, head_dim); channel i is paired with i + head_dim / 2 (Hugging Face's layout)."""
+    """Turn (batch, sequence, heads, head_dim); channel i is paired with i + head_dim / 2 (Hugging Face's layout)."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -112,12 +115,12 @@ def document_mask(query_documents: Tensor, key_documents: Tensor) -> Tensor:
 
 
 @dataclass
-class Context:
+class Shared:
     """What every layer needs beside the hidden states; computed once a forward pass."""
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None  # None: plain causal attention
+    attention: Context
     cache: KVCache | None
 
 
@@ -127,7 +130,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         assert config.head_dim is not None
-        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        self.layer, self.head_dim = layer, config.head_dim
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
@@ -138,21 +141,17 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
         batch, sequence, _ = x.shape
         # the number of heads is read off the projections, so that a tensor-parallel slice of them works unchanged
         q, k, v = (proj(x).view(batch, sequence, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = apply_rotary(q, context.cos, context.sin), apply_rotary(k, context.cos, context.sin)
-        if context.cache is not None:
-            k, v = context.cache.update(self.layer, k, v)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, is_causal=context.mask is None,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=True,
-        )  # fmt: skip
-        return self.o_proj(out.transpose(1, 2).reshape(batch, sequence, -1))
+        q, k = apply_rotary(q, shared.cos, shared.sin), apply_rotary(k, shared.cos, shared.sin)
+        if shared.cache is not None:
+            k, v = shared.cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return self.o_proj(attend(q, k, v, shared.attention).reshape(batch, sequence, -1))
 
 
 class MLP(nn.Module):
@@ -180,8 +179,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), context))
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), shared))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -196,28 +195,39 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.grad_checkpointing = False
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> Tensor:
-        context = self.context(input_ids, position_ids, cache)
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None, layout: Layout | None
+    ) -> Tensor:
         x = self.embed_tokens(input_ids)
+        shared = self.shared(input_ids, position_ids, cache, layout)
         for block in self.layers:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, context, use_reentrant=False)
+                x = checkpoint(block, x, shared, use_reentrant=False)
             else:
-                x = block(x, context)
+                x = block(x, shared)
         return self.norm(x)
 
-    def context(self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> Context:
-        mask = None
+    def shared(
+        self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None, layout: Layout | None
+    ) -> Shared:
+        config = self.config
+        dropout = config.dropout if self.training else 0.0
+        if cache is None:
+            heads = (config.n_heads, config.n_kv_heads)
+            context = prepare(layout, position_ids, heads, computed_in(self.embed_tokens.weight), dropout)
         if position_ids is None:
             start = cache.length if cache is not None else 0
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
             position_ids = position_ids.expand_as(input_ids)
-        elif cache is None:
-            documents = (position_ids == 0).cumsum(-1)
-            mask = document_mask(documents, documents)
         if cache is not None:
-            mask = cache.mask(position_ids)
-        return Context(*rotary(position_ids, self.config), mask, cache)
+            context = Context(dropout, cache.mask(position_ids))
+        return Shared(*rotary(position_ids, config), context, cache)
+
+
+def computed_in(weight: Tensor) -> torch.dtype:
+    """The type of a product with this weight: autocast's, where that is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class GPT(nn.Module):
@@ -263,6 +273,10 @@ class GPT(nn.Module):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        layout: Layout | None = None,
+        learnt: Tensor | None = None,
+        summed: bool = False,
     ) -> Tensor:
         """Logits (batch, sequence, vocabulary); or, with labels, the losses of the single tokens.
 
@@ -274,11 +288,21 @@ class GPT(nn.Module):
                 nothing is to be learnt. The result is then -log p(label), nats, float32 (batch, sequence), 0 at
                 ignored places; the logits are made and dropped a chunk of tokens at a time.
             cache: earlier tokens' keys and values; input_ids are the tokens after them.
+            layout: where the documents lie that position_ids tell of: it changes no number, but the time.
+            learnt: int64 (supervised,), the places of the rows laid end to end that have a label; else looked for.
+            summed: give the sum of the losses, a scalar, whose gradient is made without a second head product.
         """
-        hidden = self.model(input_ids, position_ids, cache)
+        hidden = self.model(input_ids, position_ids, cache, layout)
         if labels is None:
             return F.linear(hidden, self.head_weight)
-        return chunked_nll(hidden, self.head_weight, labels)
+        if learnt is None:
+            learnt = (labels != IGNORE).flatten().nonzero()[:, 0]
+        hidden, weight = (x.to(computed_in(x)) for x in (hidden, self.head_weight))
+        hidden, targets = hidden.flatten(0, 1).index_select(0, learnt), labels.flatten().index_select(0, learnt)
+        if summed:
+            return SummedNLL.apply(hidden, weight, targets)
+        nll = ChunkedNLL.apply(hidden, weight, targets)
+        return torch.zeros(labels.numel(), device=labels.device).index_copy(0, learnt, nll).view(labels.shape)
 
 
 class Role(Enum):
@@ -331,54 +355,85 @@ def fresh_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
         yield name, init_weight(name, torch.empty(parameter.shape), roles[name], config, generator)
 
 
-def chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(hidden weight^T)[label], float32, 0 where the label is IGNORE.
+# The loss: -log softmax(hidden weight^T)[target], of (tokens, dim), (vocabulary, dim) and (tokens,). The logits of all
+# tokens are larger than all else in a small model, so they are made and dropped a chunk at a time.
 
-    (batch, sequence, dim), (vocabulary, dim), (batch, sequence) -> (batch, sequence). Places without a label cost
-    nothing.
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
-    learnt = labels != IGNORE
-    nll = ChunkedNLL.apply(hidden[learnt], weight, labels[learnt])
-    return torch.zeros(labels.shape, device=labels.device).masked_scatter(learnt, nll)
+
+def softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (tokens, vocabulary) and losses (tokens,), both float32, of logits in any type."""
+    softmax = logits.softmax(-1, dtype=torch.float32)
+    # log of the sum by way of the largest probability, which never is too small to have a logarithm
+    log_sum = logits.amax(-1).float() - softmax.amax(-1).log()
+    return softmax, log_sum - logits.gather(1, targets[:, None])[:, 0].float()
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """Cross-entropy of a linear layer that never holds more than a chunk of the logits.
-
-    The backward pass makes each chunk's logits again and turns them, in place, into their gradient
-    (softmax - onehot) * g.
-    """
+    """The losses of the single tokens, float32 (tokens,). The backward pass makes each chunk's logits again and turns
+    them into their gradient (softmax - onehot) * g."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
-        """(tokens, dim), (vocabulary, dim), (tokens,) -> nll (tokens,) float32."""
-        log_sum = torch.empty(len(labels), device=hidden.device)
-        nll = torch.empty_like(log_sum)
-        for part in chunks(labels):
-            logits = (hidden[part] @ weight.T).float()
-            log_sum[part] = logits.logsumexp(-1)
-            nll[part] = log_sum[part] - logits.gather(1, labels[part, None])[:, 0]
-        ctx.save_for_backward(hidden, weight, labels, log_sum)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(hidden, weight, targets)
+        nll = torch.empty(len(targets), device=hidden.device)
+        for part in chunks(targets, weight):
+            nll[part] = softmax_and_nll(hidden[part] @ weight.T, targets[part])[1]
         return nll
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        hidden, weight, labels, log_sum = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in chunks(labels):
-            logits = (hidden[part] @ weight.T).float()
-            softmax = logits.sub_(log_sum[part, None]).exp_()
-            softmax.scatter_add_(1, labels[part, None], softmax.new_full((len(softmax), 1), -1.0))
-            grad_logits = softmax.mul_(grad[part, None]).to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None
+        hidden, weight, targets = ctx.saved_tensors
+        gradient = HeadGradient(hidden, weight, targets)
+        for part in chunks(targets, weight):
+            softmax = (hidden[part] @ weight.T).softmax(-1, dtype=torch.float32)
+            gradient.add(part, softmax, grad[part, None])
+        return gradient.hidden, gradient.weight.to(weight.dtype), None
 
 
-def chunks(labels: Tensor) -> list[slice]:
-    size = LOSS_CHUNK[labels.device.type]
-    return [slice(start, start + size) for start in range(0, len(labels), size)]
+class SummedNLL(torch.autograd.Function):
+    """Their sum, float32 (). Every token's gradient is then the same multiple of softmax - onehot, whatever follows, so
+    it is made in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        total = torch.zeros((), device=hidden.device)
+        gradient = HeadGradient(hidden, weight, targets) if any(ctx.needs_input_grad) else None
+        for part in chunks(targets, weight):
+            softmax, nll = softmax_and_nll(hidden[part] @ weight.T, targets[part])
+            total += nll.sum()
+            if gradient is not None:
+                gradient.add(part, softmax)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.hidden, gradient.weight)
+            ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        return hidden * grad.to(hidden.dtype), (weight * grad).to(ctx.dtype), None
+
+
+class HeadGradient:
+    """What a loss's gradient is by the head's input and weight, added up over chunks of tokens."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor):
+        self.inputs = hidden, weight, targets
+        self.hidden = torch.empty_like(hidden)
+        self.weight = torch.zeros_like(weight, dtype=torch.float32)
+
+    def add(self, part: slice, softmax: Tensor, scale: Tensor | None = None) -> None:
+        """softmax: (tokens, vocabulary) of a chunk, overwritten; scale: (tokens, 1), what follows the losses."""
+        hidden, weight, targets = self.inputs
+        softmax.scatter_add_(1, targets[part, None], softmax.new_full((len(softmax), 1), -1.0))
+        logits = (softmax if scale is None else softmax.mul_(scale)).to(hidden.dtype)
+        torch.mm(logits, weight, out=self.hidden[part])
+        if self.weight.dtype == logits.dtype:
+            self.weight.addmm_(logits.T, hidden[part])
+        else:
+            self.weight += logits.T @ hidden[part]
+
+
+def chunks(targets: Tensor, weight: Tensor) -> list[slice]:
+    """Tokens whose logits are made together: as many as fit into LOSS_BYTES in float32."""
+    size = max(LOSS_TOKENS, LOSS_BYTES.get(targets.device.type, LOSS_BYTES["cuda"]) // (4 * len(weight)))
+    return [slice(start, start + size) for start in range(0, len(targets), size)]

@@ -50,7 +50,7 @@ def main(asked: Config) -> None:
     machine = start_machine(asked)
     start = starting_model(replace(asked, init_from="none", val_fraction=0.0))
     data, config = load_data(start, machine), start.config
-    for rows in data.rows:
+    for rows in (loader.rows for loader in data.parts):
         if isinstance(rows, PairRows):  # any numbers are as fast
             rows.reference = np.zeros((rows.n_pairs, 2), dtype=np.float32)
     objective = STAGES[config.stage].objective(config)

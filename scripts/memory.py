@@ -88,7 +88,7 @@ def stage_of(engine: Engine) -> int:
 
 def measure(engine: Engine) -> dict[str, int]:
     ids = torch.arange(16).expand(1, 16)
-    batch = Batch(ids, ids + 1, ids, [0], 16, 16)
+    batch = Batch.of(ids, ids + 1, torch.arange(16)[None], row_ids=[0], real_tokens=16)
     for _ in range(2):  # the first update makes the optimizer's state
         engine.forward_backward([batch], NextToken())
         held = gradients_of(engine)

@@ -30,12 +30,13 @@ B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
 class Output(NamedTuple):
     """What the network said of a batch. It grows by a field where a network says more (a router's loss, a value)."""
 
-    nll: Tensor  # float32 (rows, sequence): -log p(label), nats, 0 where there is no label
+    nll: Tensor  # float32 (rows, sequence): -log p(label), nats, 0 where there is no label; or () their sum
 
 
 class Objective(Protocol[B_contra]):
     names: tuple[str, ...]  # of the summed statistics, "loss" first
     unit: str  # what is weighed, where that is not tokens; "" else
+    summed: bool  # whether the sum of -log p is all it looks at, which costs less than the single ones
     only_held_out: tuple[str, ...]  # metrics that are worth a line for held-out rows alone
 
     def weight(self, batch: B_contra) -> int:
@@ -80,6 +81,7 @@ class NextToken:
     """
 
     unit = ""
+    summed = True
     only_held_out: tuple[str, ...] = ("bpb",)
 
     def __init__(self, token_bytes: Tensor | None = None):
@@ -170,6 +172,7 @@ class DPO:
         "chosen_nll",
     )
     unit = "pairs"
+    summed = False
     only_held_out: tuple[str, ...] = ()
     losses: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"sigmoid": lambda margin: -F.logsigmoid(margin)}
 

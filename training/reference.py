@@ -1,8 +1,9 @@
 """DPO's reference: what the frozen starting model thinks of every answer, computed once and cached.
 
-    fill_reference(rows, engine, config, start_hash)      rows.reference = float32 (pairs, 2), nats; chosen, rejected
+    fill_reference(loader, engine, config, start_hash)    loader.rows.reference = float32 (pairs, 2), nats
 
-It is two more columns of the batch, so that the loss is a pure function of tensors and no second model is held.
+It is two more columns of the batch, chosen and rejected, so that the loss is a pure function of tensors and no second
+model is held. Pairs that the run does not come to are left out (they are not a number) until another run does.
 """
 
 import copy
@@ -17,31 +18,41 @@ import xxhash
 
 from dataset import Loader
 from dataset.batch import PairBatch
-from dataset.loader import PairRows, Rows, fitting
+from dataset.loader import EMPTY_ROW, ENDLESS, PairRows, fitting
+from dataset.progress import Progress
+from training import checkpoint
 from training.config import Config
 from training.engines.contract import Engine
 from training.objectives import answer_logps
 
-VERSION = 1  # raise it when the same model and pairs give other numbers, so that old caches are left alone
+VERSION = 2  # raise it when the same model and pairs give other numbers, so that old caches are left alone
+LARGER = 4  # times the rows of training are asked about at once: no gradient takes memory
 
 
-def fill_reference(rows: Rows, engine: Engine, config: Config, start_hash: str) -> None:
-    """Log-probabilities of every answer under the model as it stands: the starting model, of weights with this hash.
+def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: str) -> None:
+    """Log-probabilities of the answers that a run will see, under the model as it stands: the starting model, of
+    weights with this hash.
 
     All ranks share the work. The cache is keyed by the model (weights and config), the data, the precision (in which
     engines differ where it is not float32) and the version of this code.
     """
+    rows = loader.rows
     assert isinstance(rows, PairRows)
     precision = "float32" if engine.dtype == torch.float32 else f"{engine.dtype} {engine.name}"
     shape = json.dumps(engine.model.config.to_hf(), sort_keys=True)  # equal weights turn by other angles elsewhere
     made_of = f"{VERSION} {start_hash} {shape} {rows.encoded.fingerprint} {precision}"
-    key = xxhash.xxh3_64_hexdigest(made_of.encode())
-    path = Path(config.cache_dir) / f"reference-{key}.pt"
-    cached = torch.load(path, weights_only=True).numpy() if path.is_file() else None
-    if all(engine.gather(cached is not None)) and cached is not None:
-        rows.reference = cached
+    path = Path(config.cache_dir) / f"reference-{xxhash.xxh3_64_hexdigest(made_of.encode())}.pt"
+    known = np.full((rows.n_pairs, 2), np.nan, dtype=np.float32)
+    # every rank reads its own copy; where one has none, none is used, so that all have the same work left
+    if all(engine.gather(path.is_file())):
+        known = torch.load(path, weights_only=True).numpy()
+    seen = loader.rows_before(max(engine.gather(last_position(loader, config)))).tolist()
+    missing = [row for row in seen if np.isnan(known[rows.pairs_of([row])]).any()]
+    wanted = sorted(set().union(*engine.gather(missing)))  # caches of nodes may differ
+    rows.reference = known
+    if not wanted:
         return
-    rows.reference = compute_reference(rows, engine, config.batch_size)
+    compute_reference(rows, wanted, engine, fitting(LARGER * config.batch_size, len(wanted), engine.world.data_size))
     if engine.world.rank == 0:
         # a name of its own: another run may be writing the same file
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
@@ -49,18 +60,35 @@ def fill_reference(rows: Rows, engine: Engine, config: Config, start_hash: str) 
         os.replace(part, path)
 
 
-def compute_reference(rows: PairRows, engine: Engine, batch_size: int) -> np.ndarray:
-    """float32 (pairs, 2) on every rank, each having asked about its share of the rows."""
+def last_position(loader: Loader, config: Config) -> int:
+    """The position at which a run ends, whichever of its checkpoints it goes on from: another number of ranks may have
+    made its updates larger before."""
+    if loader.total_rows < ENDLESS:
+        return loader.total_rows
+    if config.resume not in ("auto", "none"):
+        return ENDLESS  # from a checkpoint that may be any run's
+    folders = checkpoint.by_step(config.run_dir / "checkpoints")
+    saved = [checkpoint.read_run(folder)["progress"] for folder in folders if (folder / "run.json").is_file()]
+    starts = [(0, 0), *((progress["step"], progress["position"]) for progress in saved)]
+    return max(position + max(0, config.max_steps - step) * loader.rows_per_update for step, position in starts)
+
+
+def compute_reference(rows: PairRows, wanted: list[int], engine: Engine, batch_size: int) -> None:
+    """Fill in the reference of the pairs in these rows, on every rank, each having asked about its share."""
     world = engine.world
-    asking = copy.copy(rows)  # its batches need a reference of their own, which nobody looks at
-    asking.reference = np.zeros((rows.n_pairs, 2), dtype=np.float32)
-    batch_size = fitting(batch_size, len(rows), world.data_size)
-    loader = Loader(asking, batch_size, rank=world.data_rank, world_size=world.data_size, shuffle=False)
+    pairs = rows.pairs_of(wanted)
     logps = torch.zeros(rows.n_pairs, 2, dtype=torch.float64)
-    for position in range(0, len(rows), loader.rows_per_update):
-        for batch in loader.update(position):
+    together = batch_size * world.data_size
+    asking = copy.copy(rows)  # its batches need a reference, which nobody looks at
+    asking.reference = np.zeros((rows.n_pairs, 2), dtype=np.float32)
+    with Progress("reference", len(pairs), show=world.rank == 0, unit="pairs") as progress:
+        for first in range(0, len(wanted), together):
+            now = wanted[first : first + together]
+            mine = now[world.data_rank * batch_size :][:batch_size]
+            batch = asking.collate(mine + [EMPTY_ROW] * (batch_size - len(mine))).to(engine.device)
             assert isinstance(batch, PairBatch)
-            batch = batch.to(engine.device)
             logps[batch.pair_ids] = answer_logps(engine.per_place(batch), batch).cpu().double()  # MPS: no float64
+            progress.update(len(rows.pairs_of(now)))
     total = engine.sum_over_ranks((logps / world.model_size).flatten().tolist())
-    return torch.tensor(total).view_as(logps).float().numpy()
+    assert rows.reference is not None
+    rows.reference[pairs] = torch.tensor(total).view_as(logps).float().numpy()[pairs]

@@ -171,8 +171,8 @@ class Data:
     val: Loader | None
 
     @property
-    def rows(self) -> list[Rows]:
-        return [loader.rows for loader in (self.train, self.val) if loader is not None]
+    def parts(self) -> list[Loader]:
+        return [loader for loader in (self.train, self.val) if loader is not None]
 
 
 def load_data(start: Start[Any], machine: Machine) -> Data:
@@ -266,6 +266,6 @@ def run_identity(start: Start[Any], data: Data) -> dict[str, Any]:
     config = start.config
     return {
         "stage": config.stage,
-        "data": data.train.rows.encoded.fingerprint,
+        "data": data.train.rows.fingerprint,
         "init_from": "none" if config.init_from == "none" else weights_hash(start.weights),
     } | {name: getattr(config, name) for name, rule in rules(config).items() if rule.resume == "refuse"}

@@ -388,7 +388,8 @@ def test_real_data_is_used_and_counted(data_dir, tmp_path, tokenizer, stage, fol
     assert report.read == report.used + sum(report.dropped.values()) + len(report.bad)
     batch = rows.collate(list(range(len(rows))))
     assert batch.supervised == report.supervised
-    assert batch.real_tokens == report.tokens - report.used * (2 if stage == "dpo" else 1)
+    once = report.used + int(rows.shared.sum()) if stage == "dpo" else 0  # prompts are there once
+    assert batch.real_tokens == report.tokens - report.used - once
     assert int(batch.input_ids.max()) < tokenizer.vocab_size
 
 

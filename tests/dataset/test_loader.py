@@ -78,32 +78,39 @@ def test_pairs_without_a_reference_refuse_to_be_a_batch():
 
 
 def test_pairs_by_hand():
+    """The rejected answer comes after the chosen one, from the prompt's last token on."""
     rows = pair_rows()
-    assert len(rows) == 2  # 4 + 5 and 3 + 3 places of 12
-    assert Loader(rows, batch_size=1).tokens_per_row == pytest.approx(7.5)
-    batch = rows.collate([0, EMPTY_ROW, 1])
-    assert batch.input_ids.tolist() == [
-        [1, 5, 6, 20, 1, 5, 6, 30, 31, PAD, PAD, PAD],
-        [PAD] * 12,
-        [1, 7, 6, 1, 7, 6, PAD, PAD, PAD, PAD, PAD, PAD],
-    ]
-    assert batch.labels.tolist() == [
-        [X, X, 20, 8, X, X, 30, 31, 8, X, X, X],
-        [X] * 12,
-        [X, X, 40, X, X, 50, X, X, X, X, X, X],
-    ]
-    assert batch.position_ids.tolist() == [
-        [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 0],
-        [0] * 12,
-        [0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0],
-    ]
-    assert batch.segment.tolist() == [
-        [-1, -1, 0, 0, -1, -1, 1, 1, 1, -1, -1, -1],
-        [-1] * 12,
-        [-1, -1, 2, -1, -1, 3, -1, -1, -1, -1, -1, -1],
-    ]
-    assert (batch.pair_ids, batch.n_pairs, batch.real_tokens, batch.supervised) == ([0, 1], 2, 15, 7)
+    assert len(rows) == 1  # 4 + 3 and 3 + 1 places of 12
+    assert Loader(rows, batch_size=1).tokens_per_row == pytest.approx(11)
+    batch = rows.collate([0, EMPTY_ROW])
+    assert batch.input_ids.tolist() == [[1, 5, 6, 20, 6, 30, 31, 1, 7, 6, 6, PAD], [PAD] * 12]
+    assert batch.labels.tolist() == [[X, X, 20, 8, 30, 31, 8, X, X, 40, 50, X], [X] * 12]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 2, 0], [0] * 12]
+    assert batch.segment.tolist() == [[-1, -1, 0, 0, 1, 1, 1, -1, -1, 2, 3, -1], [-1] * 12]
+    assert batch.learnt.tolist() == [2, 3, 4, 5, 6, 9, 10]
+    assert (batch.pair_ids, batch.n_pairs, batch.real_tokens, batch.supervised) == ([0, 1], 2, 11, 7)
     assert batch.reference.tolist() == [[-1.0, -2.0], [-3.0, -4.0]]
+
+
+def test_the_sequences_of_pairs_by_hand():
+    """Of each pair two, both with the prompt, and what is left of a row. A place belongs to the first it stands in."""
+    batch = pair_rows().collate([0, EMPTY_ROW])
+    ends = batch.cu_seqlens.tolist()
+    places = batch.places[: ends[-1]].tolist()
+    sequences = [places[start:end] for start, end in pairwise(ends)]
+    expected = [[0, 1, 2, 3], [0, 1, 4, 5, 6], [7, 8, 9], [7, 8, 10], [11], list(range(12, 24))]
+    assert [each for each in sequences if each] == expected
+    assert [places[i] for i in batch.tokens] == list(range(24))
+    assert batch.tokens[[0, 1, 4, 7, 8]].tolist() == [0, 1, 6, 9, 10]
+
+
+def test_shapes_do_not_depend_on_what_is_in_the_rows():
+    rows = text_rows(numbered_documents(), 16)
+    for kind in (rows, pair_rows()):
+        few, many = kind.collate([EMPTY_ROW]), kind.collate([0])
+        shapes = [{n: v.shape for n, v in vars(b).items() if torch.is_tensor(v) and n not in ("learnt", "reference")}
+                  for b in (few, many)]  # fmt: skip
+        assert shapes[0] == shapes[1]
 
 
 def test_several_pairs_share_a_row_in_order():
@@ -111,8 +118,8 @@ def test_several_pairs_share_a_row_in_order():
     rows = PairRows(encoded(chosen=same[::2], rejected=same[1::2], prompt=[2, 2, 2]), 8, PAD)
     rows.reference = np.zeros((3, 2), dtype=np.float32)
     batch = rows.collate([0])
-    assert len(rows) == 1 and batch.n_pairs == 3  # 5 places each, of 16
-    assert batch.segment[0].tolist() == [-1, 0, -1, 1, 1, -1, 2, -1, 3, 3, -1, 4, -1, 5, 5, -1]
+    assert len(rows) == 1 and batch.n_pairs == 3  # 4 places each, of 16
+    assert batch.segment[0].tolist() == [-1, 0, 1, 1, -1, 2, 3, 3, -1, 4, 5, 5, -1, -1, -1, -1]
 
 
 def test_padding_alone_is_a_batch_of_no_pairs():
@@ -257,7 +264,8 @@ def test_loaders_of_the_stages(tmp_path, tokenizer, stage, build, width):
     everything = loader.rows.collate(list(range(len(loader.rows))))
     assert everything.supervised == report.supervised
     documents = report.used * (2 if stage == "dpo" else 1)  # each of one token more than it has labels
-    assert everything.real_tokens == report.tokens - documents
+    shared = int(loader.rows.shared.sum()) if isinstance(loader.rows, PairRows) else 0
+    assert everything.real_tokens == report.tokens - documents - shared
 
 
 def test_pretraining_rows_hold_98_percent_real_tokens(tmp_path, tokenizer):

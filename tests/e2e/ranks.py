@@ -69,7 +69,7 @@ def micro_batches(update: int) -> list[Batch]:
     batches = []
     for _ in range(3):
         ids = torch.randint(0, 50, (2, 16), generator=generator)
-        batches.append(Batch(ids, ids.roll(-1, 1), torch.arange(16).expand(2, 16), [0, 1], 32, 32))
+        batches.append(Batch.of(ids, ids.roll(-1, 1), torch.arange(16).expand(2, 16), [0, 1], 32))
     return batches
 
 
@@ -78,7 +78,7 @@ def question() -> Batch:
     ids = torch.arange(16).expand(SHAPE.vocab_size, 16)
     labels = torch.full_like(ids, IGNORE)
     labels[:, -1] = torch.arange(SHAPE.vocab_size)
-    return Batch(ids, labels, ids, [0], ids.numel(), SHAPE.vocab_size)
+    return Batch.of(ids, labels, ids, [0], ids.numel())
 
 
 def answers(engine: Engine) -> torch.Tensor:

@@ -104,7 +104,8 @@ def test_losses_in_chunks_are_plain_cross_entropy(make_model, monkeypatch, tied)
     plain = F.cross_entropy(network(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     weights = torch.rand(3, 11)  # a gradient that differs from token to token
     expected = torch.autograd.grad((plain.view(3, 11) * weights).sum(), list(network.parameters()))
-    monkeypatch.setitem(model.gpt.LOSS_CHUNK, "cpu", 7)  # 33 tokens: four whole chunks and a rest
+    monkeypatch.setitem(model.gpt.LOSS_BYTES, "cpu", 4 * 97 * 7)  # 30 labels: four whole chunks and a rest
+    monkeypatch.setattr(model.gpt, "LOSS_TOKENS", 1)
     losses = network(ids, labels=labels)
     found = torch.autograd.grad((losses * weights).sum(), list(network.parameters()))
     torch.testing.assert_close(losses.flatten(), plain, atol=1e-5, rtol=1e-5)

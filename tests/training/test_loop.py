@@ -54,7 +54,7 @@ class Documents:
 def one_document(row: int) -> Batch:
     ids = torch.tensor([ROWS[row]])
     tokens = ids.shape[1] - 1
-    return Batch(ids[:, :-1], ids[:, 1:], torch.arange(tokens)[None], [row], tokens, tokens)
+    return Batch.of(ids[:, :-1], ids[:, 1:], torch.arange(tokens)[None], [row], tokens)
 
 
 class Noted(NextToken):

@@ -85,7 +85,7 @@ def test_an_update_of_padding_alone_is_nothing(make_model):
 
 
 def test_bytes_are_counted_for_supervised_labels_alone(make_model):
-    batch = Batch(torch.tensor([[1, 2, 3]]), torch.tensor([[5, IGNORE, 7]]), torch.tensor([[0, 1, 2]]), [0], 3, 2)
+    batch = Batch.of(torch.tensor([[1, 2, 3]]), torch.tensor([[5, IGNORE, 7]]), torch.tensor([[0, 1, 2]]), [0], 3)
     assert NextToken(torch.arange(97) + 100)(ask(make_model(), batch), batch)[1]["bytes"].item() == 105 + 107
 
 

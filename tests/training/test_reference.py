@@ -1,5 +1,7 @@
 """DPO's reference: one of its own for every model, on any device, however many runs compute it at once."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dataset.loader import PairRows
+from dataset import Loader
+from dataset.loader import ENDLESS, PairRows
 from evaluation.scoring import labelled, summed_nll
 from tests.conftest import encoded
 from training import DPOConfig, reference
@@ -29,7 +32,7 @@ def fill(make_model, tmp_path):
         changed = type(model)(replace(model.config, **changes))
         changed.load_state_dict(model.state_dict())
         engine = SingleEngine(changed, config, Machine(World(), torch.device("cpu"), torch.float32))
-        fill_reference(rows, engine, config, "hash of the weights")
+        fill_reference(Loader(rows, 2), engine, config, "hash of the weights")
         assert rows.reference is not None
         return rows.reference
 
@@ -71,6 +74,58 @@ def test_runs_that_compute_the_same_reference_do_not_share_a_half_written_file(f
     monkeypatch.setattr(reference.os, "replace", interrupted)
     fill()
     assert len(set(parts)) == 2 and len(list(tmp_path.iterdir())) == 1
+
+
+def many_pairs(tmp_path, make_model, **flags) -> tuple[SingleEngine, DPOConfig, Callable[[], Loader]]:
+    """An engine, a config of three steps, and what makes a loader of twelve rows, a pair each."""
+    chosen = [[1, 5, 6, *range(10, 20 + i % 3)] for i in range(12)]
+    columns = {"chosen": chosen, "rejected": [[*ids[:3], 7, *ids[4:]] for ids in chosen], "prompt": [3] * 12}
+    data = encoded(**columns)
+    config = DPOConfig(**({"cache_dir": str(tmp_path), "out_dir": str(tmp_path), "dim": 32, "max_steps": 3} | flags))
+    engine = SingleEngine(make_model(n_layers=1), config, Machine(World(), torch.device("cpu"), torch.float32))
+    return engine, config, lambda: Loader(PairRows(data, max_seq_len=14, pad_id=3), 2, total_rows=ENDLESS)
+
+
+def test_a_run_of_few_steps_waits_for_its_own_pairs_alone(tmp_path, make_model):
+    engine, config, loader = many_pairs(tmp_path, make_model)
+    few, more, all_of_them = loader(), loader(), loader()
+    assert len(few.rows) == 12
+    fill_reference(few, engine, config, "weights")
+    known = ~np.isnan(few.rows.reference).any(1)
+    seen = {pair for step in range(3) for batch in few.update(2 * step) for pair in batch.pair_ids}
+    assert set(np.flatnonzero(known)) == seen and len(seen) == 6
+    with pytest.raises(ValueError, match="these pairs have no reference"):
+        few.update(6)
+    fill_reference(more, engine, replace(config, max_steps=5), "weights")
+    fill_reference(all_of_them, engine, replace(config, max_steps=6), "weights")
+    assert (~np.isnan(more.rows.reference).any(1)).sum() == 10
+    assert (few.rows.reference[known] == all_of_them.rows.reference[known]).all()
+    assert not np.isnan(all_of_them.rows.reference).any()
+
+
+def test_only_pairs_that_no_run_has_come_to_are_asked_about(tmp_path, make_model, monkeypatch):
+    engine, config, loader = many_pairs(tmp_path, make_model)
+    fill_reference(loader(), engine, config, "weights")
+    asked: list[int] = []
+    compute = reference.compute_reference
+    monkeypatch.setattr(
+        reference, "compute_reference", lambda rows, wanted, *rest: (asked.extend(wanted), compute(rows, wanted, *rest))
+    )
+    fill_reference(loader(), engine, config, "weights")
+    assert asked == []
+    fill_reference(loader(), engine, replace(config, max_steps=4), "weights")
+    assert asked == sorted(loader().order(0)[6:8].tolist())
+
+
+def test_a_run_whose_updates_were_larger_before_comes_to_more_rows(tmp_path, make_model):
+    """Two steps of four rows are saved; three more of two make fourteen rows, not ten."""
+    _, config, loader = many_pairs(tmp_path, make_model, max_steps=5)
+    saved = config.run_dir / "checkpoints" / "step_00000002"
+    saved.mkdir(parents=True)
+    (saved / "run.json").write_text(json.dumps({"progress": {"step": 2, "position": 8}}))
+    assert reference.last_position(loader(), config) == 14
+    assert reference.last_position(loader(), replace(config, max_steps=3)) == 10
+    assert reference.last_position(Loader(loader().rows, 2, total_rows=7), config) == 7
 
 
 class Moves(TorchFunctionMode):

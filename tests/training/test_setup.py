@@ -303,7 +303,7 @@ def test_the_identity_is_data_start_and_exactly_the_flags_whose_rule_refuses(sta
     loaded = load_data(start, here())
     identity = run_identity(start, loaded)
     assert identity.pop("stage") == stage
-    assert identity.pop("data") == loaded.train.rows.encoded.fingerprint
+    assert identity.pop("data") == loaded.train.rows.fingerprint
     assert identity.pop("init_from") == ("none" if init == "none" else weights_hash(start.weights))
     flags = identity
     refused = {name for name, rule in rules(cls).items() if rule.resume == "refuse"}

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dataset.batch import Batch
+from dataset.batch import Batch, PairBatch
 from model import GPT
+from model.attention import Layout
 from training import distributed
 from training.config import Config
 from training.engines import torch_files
@@ -73,9 +74,15 @@ class Accumulating:
 
     # --- one update ---
 
-    def ask(self, batch: Batch) -> Output:
-        """The one place where a batch meets the network."""
-        return Output(nll=self.network(batch.input_ids, batch.position_ids, batch.labels))
+    def ask(self, batch: Batch, objective: Objective[Any] | None = None) -> Output:
+        """The one place where a batch meets the network. Without an objective it is asked for the single places."""
+        summed = objective is not None and objective.summed
+        return Output(
+            self.network(
+                batch.input_ids, batch.position_ids, batch.labels,
+                layout=layout_of(batch), learnt=batch.learnt, summed=summed,
+            )
+        )  # fmt: skip
 
     def forward_backward(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
         self.model.train()
@@ -87,7 +94,7 @@ class Accumulating:
             with self.communicate_if(i == len(micro_batches) - 1):
                 batch = batch.to(self.device)
                 with self.autocast():
-                    loss, sums = objective(self.ask(batch), batch)
+                    loss, sums = objective(self.ask(batch, objective), batch)
                 self.backward(loss * scale)
             totals += torch.stack([sums[name].float() for name in objective.names])
             losses.append(sums["loss"])
@@ -102,7 +109,7 @@ class Accumulating:
         for batch in micro_batches:
             batch = batch.to(self.device)
             with self.autocast():
-                _, sums = objective(self.ask(batch), batch)
+                _, sums = objective(self.ask(batch, objective), batch)
             here = [*(float(sums[name]) for name in objective.names), float(objective.weight(batch))]
             totals = [a + b for a, b in zip(totals, here, strict=True)]
             losses.append(sums["loss"])
@@ -259,6 +266,12 @@ class SingleEngine(PyTorchEngine):
     """One process, one device, everything whole."""
 
     name = "single"
+
+
+def layout_of(batch: Batch) -> Layout:
+    """Where its documents lie, for attention."""
+    shared = (batch.places, batch.tokens) if isinstance(batch, PairBatch) else ()
+    return Layout(batch.cu_seqlens, batch.longest, *shared)
 
 
 def like(slot: Tensor, full: Tensor) -> Tensor:

@@ -1,0 +1,228 @@
+"""Attention: which tokens see which, and the kernel that computes it.
+
+Every kernel takes (rows, sequence, heads, head_dim), the keys and values of fewer heads, and gives the same shape back:
+
+    cache            the plain formula under a mask: `scaled_dot_product_attention`
+    CPU              `attend_in_blocks`: blocks of queries, each with the keys before it, many documents at once
+    CUDA, 16 bits    `attend_varlen`: FlashAttention over documents of any length
+    elsewhere        the plain formula under the mask of `visible`, to which the two above are held by tests
+
+A mask over a row computes what it hides: for documents of 150 tokens in rows of 512, two thirds of it. The two fast
+ways are told by a `Layout` where documents lie, so they leave that out.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+# torch 2.12 lets queries share keys in the kernel; before, every query head is given its own copy
+VARLEN_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+varlen: Callable[..., Any] = partial(varlen_attn, window_size=(-1, 0))  # all before, nothing after
+varlen = partial(varlen, enable_gqa=True) if VARLEN_GQA else varlen
+# documents of about this many tokens or more fill blocks of 64 queries; for shorter ones these would be half empty
+LONG = 256
+
+
+@dataclass
+class Layout:
+    """Where the documents of a batch lie: sequences of places, each seeing itself up to where it is.
+
+    A place is a token's index in the rows laid end to end. A document is one sequence. Where answers share a prompt,
+    each is a sequence with the prompt before it; a place then stands in several sequences and belongs to the first.
+    """
+
+    cu_seqlens: Tensor  # int32 (sequences + 1,): cumulative lengths; the last may repeat, for sequences of no token
+    longest: int  # no sequence has more tokens
+    places: Tensor | None = None  # int64 (tokens,) of all sequences; None: they fill the rows, one after another
+    tokens: Tensor | None = None  # int64 (rows * sequence,): which of those tokens belongs to a place
+
+
+def visible(position_ids: Tensor) -> Tensor:
+    """What each place sees, from positions alone: (rows, sequence) -> bool (rows, 1, queries, keys).
+
+    A document starts wherever the position is 0. Where positions jump back without reaching 0, a branch starts: it sees
+    the document's first run up to the position before its own first one, and itself.
+
+        positions    0  1  2  3  4 | 2  3 | 0  1        prompt and first answer, second answer, next document
+    """
+    place = torch.arange(position_ids.shape[1], device=position_ids.device)
+    document = (position_ids == 0).cumsum(-1)
+    begins = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
+    begun = torch.where(begins, place, 0).cummax(-1).values  # where the run of each place began
+    start = position_ids - (place - begun)  # and at which position
+
+    def of(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        return queries[:, :, None], keys[:, None, :]
+
+    (query, key), (query_run, key_run) = of(document, document), of(begun, begun)
+    (first, position), causal = of(start, position_ids), place[:, None] >= place
+    return ((query == key) & causal & ((query_run == key_run) | (position < first)))[:, None]
+
+
+@dataclass
+class Context:
+    """What attention needs beside queries, keys and values; made once a forward pass, the same for all layers."""
+
+    dropout: float = 0.0
+    mask: Tensor | None = None  # bool (rows, 1, queries, keys)
+    layout: Layout | None = None  # for the kernel of any length
+    blocks: "Blocks | None" = None  # for the one in blocks
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v over what each place sees."""
+    if context.blocks is not None:
+        return attend_in_blocks(q, k, v, context.blocks, context.dropout)
+    if context.layout is not None:
+        return attend_varlen(q, k, v, context.layout)
+    return attend_masked(q, k, v, context.mask, context.dropout)
+
+
+def prepare(
+    layout: Layout | None, position_ids: Tensor | None, heads: tuple[int, int], dtype: torch.dtype, dropout: float
+) -> Context:
+    """The way to take for a batch without a cache. Without a layout it is the mask of `visible`; without positions
+    every row is one document.
+
+    heads: of queries, and of keys.
+    """
+    if position_ids is None:
+        return Context(dropout)
+    if layout is not None and position_ids.device.type == "cpu":
+        return Context(dropout, blocks=plan_blocks(layout, *heads))
+    if layout is not None and has_varlen(position_ids.device, dtype, dropout):
+        return Context(layout=layout)
+    return Context(dropout, visible(position_ids))
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The plain formula under a mask; without one, every place sees its row up to itself."""
+    if mask is not None and q.is_cuda:
+        # a mask together with shared keys would be the slow float32 kernel of the last resort there
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
+        dropout_p=dropout, enable_gqa=k.shape[2] != q.shape[2],
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+# CUDA -----------------------------------------------------------------------------------------------------------
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
+    """Whether FlashAttention runs here: 16 bits, compute capability 8.0 or more, no dropout."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and not dropout
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """FlashAttention over sequences of any length (Dao 2023, arXiv:2307.08691); shapes do not depend on lengths."""
+    shape, ends = q.shape, layout.cu_seqlens
+    if not VARLEN_GQA:
+        k, v = (x.repeat_interleave(shape[2] // x.shape[2], 2) for x in (k, v))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if layout.places is not None:
+        q, k, v = (x.index_select(0, layout.places) for x in (q, k, v))
+    out = varlen(q, k, v, ends, ends, layout.longest, layout.longest)
+    return (out if layout.tokens is None else out.index_select(0, layout.tokens)).view(shape)
+
+
+# CPU ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """All blocks of queries in a batch that see equally many keys: one matrix product."""
+
+    count: int  # blocks times heads of keys
+    bias: Tensor  # float32 (1, queries, keys) of a block: minus infinity where a key comes after its query
+
+
+@dataclass
+class Blocks:
+    """A plan of attention in blocks, made once a forward pass and followed by all layers.
+
+    Queries, keys and values are gathered from tables that have a row for every head of keys and place, head by head;
+    the queries that share a key stand in one row.
+    """
+
+    groups: list[Group]
+    queries: Tensor  # int64: rows of all groups' queries
+    keys: Tensor  # int64: rows of all groups' keys and values
+    results: Tensor  # int64 (places * kv_heads,): which result belongs to a place and head
+
+
+def plan_blocks(layout: Layout, heads: int, kv_heads: int) -> Blocks:
+    """Cut sequences into blocks of queries; those that see equally many blocks of keys are computed together.
+
+    What comes after a query in its own block is hidden by the bias, the same for all blocks. So is what lies behind the
+    end of a sequence, where its last token stands once more.
+    """
+    starts, lengths = layout.cu_seqlens[:-1].long(), layout.cu_seqlens.diff().long()
+    lasts, total = starts + lengths - 1, int(lengths.sum())
+    size = 64 if int(lengths.square().sum()) > LONG * total else 32
+    places = torch.arange(total) if layout.places is None else layout.places[:total]
+    belongs = torch.arange(total) if layout.tokens is None else layout.tokens
+    # a prompt's blocks are left out where they belong to another sequence
+    owned = F.pad(torch.zeros(total, dtype=torch.long).index_fill_(0, belongs, 1).cumsum(0), (1, 0))
+    head = torch.arange(kv_heads)[:, None, None] * len(belongs)  # where its rows begin in the tables
+    result, stride = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.long)
+    groups: list[Group] = []
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    done = 0
+    for first in range(0, int(lengths.max()), size):
+        ends = torch.minimum(starts + first + size, lasts + 1)
+        wanted = owned[ends] > owned[torch.minimum(starts + first, ends)]
+        steps = torch.arange(first + size)
+        seen = torch.minimum(starts[wanted, None] + steps, lasts[wanted, None])  # tokens, (blocks, keys)
+        asked = seen[:, first:].flatten()
+        real = (starts[wanted, None] + steps <= lasts[wanted, None])[:, first:].flatten()
+        result[asked[real]] = done + torch.arange(len(asked))[real]
+        stride[asked[real]] = len(asked)
+        done += kv_heads * len(asked)
+        groups.append(Group(kv_heads * len(seen), causal_bias(size, first, heads // kv_heads)))
+        queries.append((head + places[seen[:, first:]]).flatten())
+        keys.append((head + places[seen]).flatten())
+    results = result[belongs, None] + stride[belongs, None] * torch.arange(kv_heads)
+    return Blocks(groups, torch.cat(queries), torch.cat(keys), results.flatten())
+
+
+def causal_bias(size: int, first: int, shared: int) -> Tensor:
+    """For `size` queries after `first` keys, each query `shared` times: float32 (1, size * shared, first + size)."""
+    later = torch.ones(size, first + size, dtype=torch.bool).triu(first + 1)
+    return torch.zeros(size, first + size).masked_fill(later, -torch.inf).repeat_interleave(shared, 0)[None]
+
+
+@torch.compiler.disable  # shapes follow the documents: nothing to gain from a graph for each
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, dropout: float) -> Tensor:
+    """Exact attention at the cost of what is seen, in float32 whatever comes in."""
+    kv_heads, width = k.shape[2:]
+
+    def table(x: Tensor) -> Tensor:
+        """A row for every head of keys and place."""
+        return x.flatten(0, 1).unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(0, 1).flatten(1).float()
+
+    counts = [(group.count, *group.bias.shape[1:]) for group in blocks.groups]
+    shared = q.shape[2] // kv_heads
+    rows_asked = table(q * width**-0.5).index_select(0, blocks.queries)
+    rows_seen = [table(x).index_select(0, blocks.keys).split([n * keys for n, _, keys in counts]) for x in (k, v)]
+    asked = rows_asked.split([n * queries // shared for n, queries, _ in counts])
+    results = []
+    for (count, queries, keys), group, qs, ks, vs in zip(counts, blocks.groups, asked, *rows_seen, strict=True):
+        scores = torch.baddbmm(group.bias, qs.view(count, queries, width), ks.view(count, keys, width).transpose(1, 2))
+        probabilities = F.dropout(scores.softmax(-1), dropout)
+        results.append(torch.bmm(probabilities, vs.view(count, keys, width)).view(-1, shared * width))
+    return torch.cat(results).index_select(0, blocks.results).view(q.shape).to(q.dtype)
