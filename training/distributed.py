@@ -94,8 +94,9 @@ class Silence(threading.Thread):
         super().__init__(name="silence", daemon=True)
         self.limit, self.heard = limit, time.monotonic()
 
-    def hear(self) -> None:
-        self.heard = time.monotonic()
+    def hear(self, moment: float | None = None) -> None:
+        """All collectives begun before a moment (of time.monotonic; None: now) have come through."""
+        self.heard = max(self.heard, time.monotonic() if moment is None else moment)
 
     def run(self) -> None:
         while (left := self.heard + self.limit - time.monotonic()) > 0:
@@ -281,6 +282,26 @@ def sum_over_ranks(values: list[float], device: torch.device, group: dist.Proces
     sums = total.tolist()
     SILENCE.hear()
     return sums
+
+
+def host_group(seconds: float) -> dist.ProcessGroup | None:
+    """All ranks, on the host and apart from the training's group, so that a thread may talk while training does.
+
+    Two threads must never use one group at the same time: ranks would pair what belongs to different questions. Every
+    rank makes its groups in the same order; None for one process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+
+
+def sum_on_host(values: list[float], group: dist.ProcessGroup | None) -> list[float]:
+    """Sums over a `host_group`. It says nothing of the devices, so the silence that they are watched for goes on."""
+    if group is None:
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return total.tolist()
 
 
 def gather(value: T) -> list[T]:

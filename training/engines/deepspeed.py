@@ -39,6 +39,7 @@ from training.engines.deepspeed_config import Settings, deepspeed_settings, offl
 from training.engines.named_state import MOMENTS, TAG, NamedState, named_state, write_universal
 from training.engines.pytorch import Accumulating, PyTorchEngine, own_weights
 from training.optimizer import build_optimizers, own_settings
+from training.transfer import Deferred
 
 DeepSpeed = Any  # what deepspeed.initialize returns; it has no types
 
@@ -130,16 +131,17 @@ class ZeroEngine(Accumulating):
     def backward(self, loss: Tensor) -> None:
         self.network.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Deferred[float]:
+        """DeepSpeed looks at the gradient itself, and waits for it; so the norm is there."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.network.step()
         if self.network.was_step_applied():
-            return float(self.network.get_global_grad_norm())
+            return number(float(self.network.get_global_grad_norm()))
         # offloaded gradients of a skipped update are left in place, and would spoil all that follow
         for key in getattr(self.network.optimizer, "averaged_gradients", None) or {}:
             self.network.optimizer.averaged_gradients[key] = None
-        return float("inf")
+        return number(float("inf"))
 
     # --- state by parameter name ---
 
@@ -283,6 +285,10 @@ class ZeroEngine(Accumulating):
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def number(value: float) -> Deferred[float]:
+    return Deferred(torch.tensor([value], dtype=torch.float64), lambda numbers: numbers[0])
 
 
 class BackgroundWriter(CheckpointEngine):

@@ -31,7 +31,8 @@ from training.engines import torch_files
 from training.engines.contract import B, Machine, T, Totals, Weights
 from training.engines.named_state import NamedState, is_deepspeed, named_state
 from training.objectives import Objective, Output
-from training.optimizer import build_optimizers, own_settings
+from training.optimizer import FOUND_INF, build_optimizers, own_settings
+from training.transfer import Deferred
 
 # one process that saves alone is what is meant; said once and for all, since background threads save as well
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -77,9 +78,12 @@ class Accumulating:
         """The one place where a batch meets the network."""
         return Output(nll=self.network(batch.input_ids, batch.position_ids, batch.labels))
 
-    def forward_backward(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
+    def forward_backward(
+        self, micro_batches: list[B], objective: Objective[B], weight: float | None = None
+    ) -> Deferred[Totals]:
         self.model.train()
-        weight = self.sum_over_data([sum(objective.weight(batch) for batch in micro_batches)])[0]
+        if weight is None:
+            weight = self.sum_over_data([sum(objective.weight(batch) for batch in micro_batches)])[0]
         scale = (self.world.data_size if self.averages else 1) / max(weight, 1.0)
         totals = torch.zeros(len(objective.names), device=self.device, dtype=torch.float32)
         losses = []
@@ -90,9 +94,19 @@ class Accumulating:
                     loss, sums = objective(self.ask(batch), batch)
                 self.backward(loss * scale)
             totals += torch.stack([sums[name].float() for name in objective.names])
-            losses.append(sums["loss"])
-        summed = self.sum_over_data(totals.tolist())
-        return Totals(dict(zip(objective.names, summed, strict=True)), weight, losses)
+            losses.append(sums["loss"].float())
+        return self.deferred(objective.names, totals, weight, losses)
+
+    def deferred(self, names: tuple[str, ...], totals: Tensor, weight: float, losses: list[Tensor]) -> Deferred[Totals]:
+        """Sums over data ranks, made on the device in float64, with this rank's losses behind them."""
+        if dist.is_initialized():
+            totals = totals.double()
+            dist.all_reduce(totals, group=self.data_group)
+        n = len(names)
+        return Deferred(
+            torch.cat([totals, torch.stack(losses)]),
+            lambda numbers: Totals(dict(zip(names, numbers[:n], strict=True)), weight, numbers[n:]),
+        )
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
@@ -105,7 +119,7 @@ class Accumulating:
                 _, sums = objective(self.ask(batch), batch)
             here = [*(float(sums[name]) for name in objective.names), float(objective.weight(batch))]
             totals = [a + b for a, b in zip(totals, here, strict=True)]
-            losses.append(sums["loss"])
+            losses.append(float(sums["loss"]))
         *summed, weight = self.sum_over_data(totals)
         return Totals(dict(zip(objective.names, summed, strict=True)), weight, losses)
 
@@ -135,6 +149,13 @@ class Accumulating:
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         return distributed.sum_over_ranks(values, self.device)
+
+    @cached_property
+    def host_group(self) -> dist.ProcessGroup | None:
+        return distributed.host_group(self.config.comm_timeout)
+
+    def sum_on_host(self, values: list[float]) -> list[float]:
+        return distributed.sum_on_host(values, self.host_group)
 
     def gather(self, value: T) -> list[T]:
         return distributed.gather(value)
@@ -174,20 +195,22 @@ class PyTorchEngine(Accumulating):
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Deferred[float]:
         """Clip, update, clear. Returns the gradient's norm before clipping; a non-finite one skips the update."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             self.scaler.unscale_(optimizer)
         norm = self.clip_gradients()
-        if norm.isfinite():
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+        # to ask whether it is finite would wait for it: the optimizers look themselves, on the device
+        skipped = norm.isfinite().logical_not().float()
+        for optimizer in self.optimizers:
+            setattr(optimizer, FOUND_INF, skipped)
+            optimizer.step()
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return Deferred(norm.reshape(1), lambda numbers: numbers[0])
 
     def clip_gradients(self) -> Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
