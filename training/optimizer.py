@@ -46,34 +46,37 @@ def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Opt
 
 
 def heeding(optimizer: Optimizer) -> Optimizer:
-    """The optimizer, made to heed FOUND_INF where its kernel does not, as fused ones do.
+    """The optimizer, made to heed FOUND_INF where its kernel does not, as fused ones do."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        taking_back = TakingBack()
+        optimizer.register_step_pre_hook(taking_back.keep)
+        optimizer.register_step_post_hook(taking_back.choose)
+    return optimizer
 
-    It steps, and what it has done is taken back on the device, by a choice between before and after; to ask the host
-    would be to wait. That costs a copy of its parameters and moments while it steps.
-    """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        return optimizer
-    before: dict[Tensor, Tensor] = {}
+
+class TakingBack:
+    """Takes back on the device what a step has done, by a choice between before and after; to ask the host would be to
+    wait. It costs a copy of the optimizer's parameters and moments while it steps."""
+
+    def __init__(self) -> None:
+        self.skipped: Tensor | None = None
+        self.before: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    def keep(optimizer: Optimizer, *_: object) -> None:
-        if hasattr(optimizer, FOUND_INF):
-            before.update((tensor, tensor.clone()) for tensor in written(optimizer))
+    def keep(self, optimizer: Optimizer, *_: object) -> None:
+        self.skipped = vars(optimizer).pop(FOUND_INF, None)  # those that know it and cannot heed it refuse to step
+        if self.skipped is not None:
+            self.before = {tensor: tensor.clone() for tensor in written(optimizer)}
 
     @torch.no_grad()
-    def choose(optimizer: Optimizer, *_: object) -> None:
-        skipped: Tensor | None = getattr(optimizer, FOUND_INF, None)
-        if skipped is None:
+    def choose(self, optimizer: Optimizer, *_: object) -> None:
+        if self.skipped is None:
             return
         for tensor in written(optimizer):
             # state that this step has made was zero before it
-            earlier = before[tensor] if tensor in before else torch.zeros_like(tensor)
-            tensor.copy_(torch.where(skipped.to(tensor.device) > 0, earlier, tensor))
-        before.clear()
-
-    optimizer.register_step_pre_hook(keep)
-    optimizer.register_step_post_hook(choose)
-    return optimizer
+            earlier = self.before[tensor] if tensor in self.before else torch.zeros_like(tensor)
+            tensor.copy_(torch.where(self.skipped.to(tensor.device) > 0, earlier, tensor))
+        self.before = {}
 
 
 def written(optimizer: Optimizer) -> Iterator[Tensor]:
