@@ -6,8 +6,10 @@ gradients (sums, any value, a barrier) is here too, and costs one process nothin
 """
 
 import contextlib
+import importlib.util
 import math
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -203,6 +205,24 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and cpu_has_bfloat16():
         return torch.bfloat16
     return torch.float32
+
+
+def use_tensor_cores(device: torch.device, dtype: torch.dtype) -> None:
+    """Where float32 is asked for on a GPU, its matrix products go through the tensor cores, as TF32: float32's range
+    and sums, 10 bits of mantissa in what is multiplied (as float16 has), at several times the speed. All else stays
+    exact float32, and so does everything on a CPU."""
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")
+
+
+def pick_compile(asked: bool | None, device: torch.device) -> bool:
+    """Whether to compile blocks; unasked where it pays and can work: on GPUs that Triton knows, with a C compiler."""
+    if asked is not None:
+        return asked
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 7:
+        return False
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    return importlib.util.find_spec("triton") is not None and compiler is not None
 
 
 def cpu_has_bfloat16() -> bool:

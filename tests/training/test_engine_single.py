@@ -338,4 +338,4 @@ def test_a_model_says_itself_what_its_blocks_are_and_how_it_recomputes(make_engi
 
     asked: list = []
     make_engine(model=Other(GPTConfig(**TINY)), compile=wanted, grad_checkpointing=wanted)
-    assert asked == [wanted] + [{"dynamic": False}] * (3 if wanted else 0)
+    assert asked == [wanted] + [{"dynamic": False, "backend": "inductor"}] * (3 if wanted else 0)

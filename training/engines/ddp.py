@@ -6,9 +6,20 @@ the update's global weight, the very gradient one process would have.
 
 import contextlib
 
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.engines.pytorch import PyTorchEngine
+
+BUCKETS = 8
+LEAST, MOST = 1.0, 25.0  # MiB; below, a message costs more to start than to send; the upper one is DDP's own size
+
+
+def bucket_size(model: nn.Module) -> float:
+    """MiB of gradients that travel together. What is in one bucket waits for all of it, and the last to fill travels
+    when nothing is left to hide it behind: so the gradients of a small model go in several buckets too, about 8."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
+    return min(MOST, max(LEAST, size / BUCKETS))
 
 
 class DDPEngine(PyTorchEngine):
@@ -19,7 +30,11 @@ class DDPEngine(PyTorchEngine):
     def wrap(self) -> DistributedDataParallel:
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(
-            self.model, device_ids=devices, gradient_as_bucket_view=True, process_group=self.data_group
+            self.model,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            process_group=self.data_group,
+            bucket_cap_mb=bucket_size(self.model),
         )
 
     def communicate_if(self, last: bool) -> contextlib.AbstractContextManager:

@@ -99,6 +99,7 @@ class ZeroEngine(Accumulating):
 
     def __init__(self, model: GPT, config: Config, machine: Machine, weights: Weights | None, settings: Settings):
         super().__init__(model, config, machine)
+        self.compiled = bool(config.compile)  # its hooks stand within blocks, so that only who asks for it gets it
         self.settings, self.stage = settings, settings["zero_optimization"]["stage"]
         if self.dtype == torch.bfloat16 and settings["gradient_accumulation_steps"] > 1:
             settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
@@ -162,7 +163,8 @@ class ZeroEngine(Accumulating):
     @contextlib.contextmanager
     def generator(self) -> Iterator[GPT]:
         whole = self.model if self.stage < 3 else assemble(self.model.config, self.full_weights(), self.device)
-        yield whole.eval()
+        with self.eagerly():
+            yield whole.eval()
 
     @torch.no_grad()
     def set_by_name(self, source: Callable[[], Iterable[tuple[str, dict[str, Tensor]]]], step: float) -> None:

@@ -46,19 +46,22 @@ class Accumulating:
     """
 
     name = "single"
+    compiler = "inductor"  # a backend of torch.compile
     averages = False  # whether gradients are averaged over data ranks on the way; the loss is scaled up for it
     network: nn.Module  # what is called: the model, or what stands around it
 
     def __init__(self, model: GPT, config: Config, machine: Machine):
         self.model, self.config = model, config
         self.world, self.device, self.dtype = machine
+        self.compiled = distributed.pick_compile(config.compile, self.device)
+        distributed.use_tensor_cores(self.device, self.dtype)
 
     def set_up_blocks(self) -> None:
-        """What flags ask of the network's blocks, once they are where they stay."""
+        """What flags ask of the network's blocks, once they are where they stay. Compiled they share one graph."""
         self.model.recompute_activations(self.config.grad_checkpointing)
-        if self.config.compile:
+        if self.compiled:
             for block in self.model.blocks():
-                block.compile(dynamic=False)
+                block.compile(dynamic=False, backend=self.compiler)
 
     # --- what a way of spreading decides ---
 
@@ -131,7 +134,12 @@ class Accumulating:
 
     @contextlib.contextmanager
     def generator(self) -> Iterator[GPT]:
-        yield self.model.eval()
+        with self.eagerly():
+            yield self.model.eval()
+
+    def eagerly(self) -> contextlib.AbstractContextManager:
+        """Around generation with the network itself: every token is another length, and would be another graph."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
     @property
     def scales_loss(self) -> bool:
