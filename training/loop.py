@@ -40,7 +40,7 @@ from training.optimizer import learning_rate
 from training.run_folder import held
 from training.saver import Progress, Saver, Settings, noted, resume
 from training.setup import Start
-from training.transfer import Deferred
+from training.transfer import Deferred, Sent, Transfer
 
 BAD_UPDATES = 3  # non-finite updates in a row that stop the run
 BAD_UPDATES_FLOAT16 = 25  # the loss scaler halves its scale at each, which is how it finds the right one
@@ -152,6 +152,7 @@ class Run:
         self.answers = Answers(self.engine, self.tokenizer, prompts, self.progress, self.say)
         self.bad_updates = 0
         self.pending: Pending | None = None
+        self.transfer = Transfer(self.engine.device)
         self.window = Window()
         self.progress.schedule_rows = self.progress.schedule_rows or self.source.rows_per_update
 
@@ -163,13 +164,13 @@ class Run:
             while progress.step < self.total_steps and not self.best.over:
                 update = upcoming.take(progress.position)
                 rate = self.rate()
-                totals = engine.forward_backward(update.micro_batches, self.objective, update.weight)
+                totals = engine.forward_backward(update.sent.arrived(), self.objective, update.weight)
                 norm = engine.step(rate)
                 progress.step += 1
                 progress.position = min(progress.position + self.source.rows_per_update, self.source.total_rows)
                 progress.tokens += int(update.supervised)
                 self.window.add(update)
-                rows = [batch.row_ids for batch in update.micro_batches]
+                rows = [batch.row_ids for batch in update.sent.micro_batches]
                 self.follow(Pending(progress.step, rate, norm, totals, rows))
                 news = upcoming.news()
                 self.report(news.stop)
@@ -247,7 +248,8 @@ class Run:
         )
 
     def count(self, micro_batches: list[Batch], news: "News") -> "Update":
-        """An update with what it is made of, and what any rank was asked; one sum tells all ranks the same."""
+        """An update on its way to the device, what it is made of, and what any rank was asked; one sum tells all ranks
+        the same."""
         world = self.engine.world
         counts = [
             float(news.stop),
@@ -259,7 +261,9 @@ class Run:
         stop, written, *rows = self.engine.sum_on_host(counts)
         # ranks that hold one model between them have seen the same rows
         weight, real, supervised = (count / world.model_size for count in rows)
-        return Update(micro_batches, weight, real, supervised, News(stop > 0, written == world.size))
+        return Update(
+            self.transfer.send(micro_batches), weight, real, supervised, News(stop > 0, written == world.size)
+        )
 
     # --- numbers that come later ---
 
@@ -399,7 +403,7 @@ class News(NamedTuple):
 class Update(NamedTuple):
     """This rank's micro-batches, and the counts of all data ranks'."""
 
-    micro_batches: list[Batch]
+    sent: Sent[Batch]
     weight: float
     real_tokens: float
     supervised: float

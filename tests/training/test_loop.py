@@ -20,6 +20,7 @@ from training.metrics import Metrics
 from training.optimizer import learning_rate
 from training.saver import Progress, Saver, noted, resume
 from training.setup import Start
+from training.transfer import Sent
 
 # row i is 3 + i % 4 places long, so that rows weigh differently
 ROWS = [[1, 30 + i, *range(5, 7 + i % 4)] for i in range(20)]
@@ -366,7 +367,7 @@ def test_all_ranks_stop_at_one_step_though_one_was_asked(ahead, asked_in, stoppe
             meeting.wait()
             stop = any(told)
             meeting.wait()
-            return Update(micro_batches, 1.0, 1.0, 1.0, News(stop, False))
+            return Update(Sent(micro_batches), 1.0, 1.0, 1.0, News(stop, False))
 
         asked = False
         source = Documents(total_rows=20, ahead=ahead)
@@ -391,7 +392,7 @@ def test_news_is_heard_once(ahead):
     """What all ranks have done their part of is taken a step further once for each time they say so."""
     said = iter([True, False, True, True, False])
     with Upcoming(
-        Documents(total_rows=10, ahead=ahead), 5, lambda _, news: Update([], 1.0, 1.0, 1.0, news),
+        Documents(total_rows=10, ahead=ahead), 5, lambda _, news: Update(Sent([]), 1.0, 1.0, 1.0, news),
         lambda: News(False, next(said)), alone=False,
     ) as upcoming:  # fmt: skip
         heard = []
