@@ -60,8 +60,12 @@ class Graphs:
         return graph.forward
 
 
-@pytest.mark.parametrize("kind", [SingleEngine, DDPEngine, FSDPEngine], ids=lambda kind: kind.name)
-def test_all_blocks_share_one_graph_without_a_break_whatever_the_packing(kind: type) -> None:
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [(SingleEngine, {}), (SingleEngine, {"grad_checkpointing": True}), (DDPEngine, {}), (FSDPEngine, {})],
+    ids=["single", "checkpointed", "ddp", "fsdp"],
+)
+def test_all_blocks_share_one_graph_without_a_break_whatever_the_packing(kind: type, flags: dict) -> None:
     graphs = Graphs()
 
     class Counting(kind):
@@ -71,7 +75,7 @@ def test_all_blocks_share_one_graph_without_a_break_whatever_the_packing(kind: t
         engine.forward_backward([packed(*lengths)], NextToken())
         engine.step(1e-3)
 
-    engine = Counting(model(), PretrainConfig(compile=True), MACHINE)
+    engine = Counting(model(), PretrainConfig(compile=True, **flags), MACHINE)
     torch._dynamo.utils.counters.clear()
     update(12)
     assert graphs.made == 1
@@ -151,7 +155,7 @@ def test_parameters_that_stay_are_gathered_once_an_update(reshard: bool | None, 
         assert counted.calls["gathers"] == gathers
 
 
-@pytest.mark.parametrize(("parameters", "expected"), [(1_000, 1.0), (26_214_400, 12.5), (10**9, 25.0)])
-def test_gradients_travel_in_about_eight_buckets_of_a_size_worth_a_message(parameters: int, expected: float) -> None:
+@pytest.mark.parametrize(("parameters", "expected"), [(1_000, 1.0), (39_321_600, 12.5), (78_643_200, None)])
+def test_gradients_travel_in_several_buckets_of_a_size_worth_a_message(parameters: int, expected: float | None) -> None:
     with torch.device("meta"):
         assert bucket_size(torch.nn.Linear(parameters, 1, bias=False)) == expected
