@@ -14,12 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dataset.batch import Batch
 from tests.helpers import PLAIN, ROOT, TINY, make_data, train_here
-from training import distributed
+from training import NextToken, PretrainConfig, distributed
+from training.distributed import World
+from training.engines import Machine
+from training.engines.fsdp import FSDPEngine
 from training.engines.pytorch import PyTorchEngine
 from training.transfer import Deferred
 
@@ -49,16 +55,17 @@ def ours(frame: FrameType) -> bool:
 
 
 class Watch:
-    """Notes what would wait within `Run.loop` and outside BESIDE."""
+    """Notes what would wait within one of some functions of ours, and outside BESIDE."""
 
-    def __init__(self) -> None:
+    def __init__(self, *inside: str) -> None:
+        self.inside = set(inside)
         self.waits: list[tuple[str, str]] = []  # what would wait, our innermost function that asked for it
         self.queued = 0  # updates
         self.reads: list[int] = []  # how many were queued whenever a deferred number was read
 
     def note(self, what: str) -> None:
         functions = our_functions()
-        if "Run.loop" not in functions or BESIDE & set(functions):
+        if not self.inside & set(functions) or BESIDE & set(functions):
             return
         if functions[0] == "Deferred.read":
             self.reads.append(self.queued)
@@ -102,7 +109,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     """Of the run within the test; it counts the updates that engines queue."""
-    watch, step = Watch(), PyTorchEngine.step
+    watch, step = Watch("Run.loop"), PyTorchEngine.step
 
     def counted(engine: PyTorchEngine, learning_rate: float) -> Deferred[float]:
         norm = step(engine, learning_rate)
@@ -136,6 +143,23 @@ def test_an_update_waits_for_nothing_and_its_numbers_are_read_once_the_next_is_q
     assert set(watch.waits) - EXCEPTIONS == set()
     # the norm and the sums of each update; those of the last are waited for, since a line is due
     assert watch.queued == 4 and watch.reads == [2, 2, 3, 3, 4, 4]
+
+
+def test_ranks_that_send_each_other_parameters_wait_for_nothing_either(make_model) -> None:
+    """Here is the first of two, and what it would send goes nowhere. Of DDP's sending Python sees nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        machine = Machine(World(0, 2, 0, 2), torch.device("cpu"), torch.bfloat16)
+        engine = FSDPEngine(make_model(), PretrainConfig(engine="fsdp", optimizer="muon"), machine)
+        watch = Watch("Accumulating.forward_backward", "PyTorchEngine.step")
+        ids = torch.arange(12).expand(2, 12)
+        with Python(watch.note), Operators(watch.note):
+            for _ in range(2):
+                engine.forward_backward([Batch(ids, ids + 1, ids, [0, 1], 24, 24)] * 2, NextToken(), weight=96.0)
+                engine.step(1e-3)
+        assert set(watch.waits) - EXCEPTIONS == set()
+    finally:
+        distributed.stop()
 
 
 WAITING: dict[str, Callable[[Tensor], object]] = {
