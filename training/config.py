@@ -168,7 +168,10 @@ class Config:
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", "machine", by_node=True)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "auto: bfloat16 where the hardware has it", "machine", resume="note"
+        "auto",
+        "auto: bfloat16 where the hardware has it; float32 multiplies as TF32 on a GPU",
+        "machine",
+        resume="note",
     )
     compile: bool | None = flag(
         None,
