@@ -23,9 +23,10 @@ import torch
 from dataset.loader import PairRows
 from training import STAGES, build_engine
 from training.config import Config
-from training.engines import Machine
+from training.engines import Machine, Totals
 from training.metrics import peak_memory_mb
 from training.setup import Start, load_data, run_stage, start_machine, starting_model
+from training.transfer import Deferred
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -56,18 +57,19 @@ def main(asked: Config) -> None:
     objective = STAGES[config.stage].objective(config)
     engine = build_engine(start.model, config, machine, start.weights)
     last_start = max(1, data.train.rows_per_epoch - data.train.rows_per_update + 1)
-    tokens = weight = 0.0
+    tokens = 0.0
+    learnt: list[Deferred[Totals]] = []
     for step in range((config.max_steps or 5) + 1):
         if step == 1:
             wait(engine.device)
-            began, tokens, weight = time.perf_counter(), 0.0, 0.0
+            began, tokens, learnt = time.perf_counter(), 0.0, []
         batches = data.train.update(step * data.train.rows_per_update % last_start)
-        totals = engine.forward_backward(batches, objective)
+        learnt.append(engine.forward_backward(batches, objective))
         engine.step(config.learning_rate)
         tokens += sum(batch.real_tokens for batch in batches) * machine.world.data_size
-        weight += totals.weight
     wait(engine.device)
     seconds = time.perf_counter() - began
+    weight = sum(totals.read().weight for totals in learnt)
     if machine.world.rank == 0:
         per_second = f", {weight / seconds:.2f} {objective.unit}/s" if objective.unit else ""
         print_result(start, machine, tokens / seconds, per_second)

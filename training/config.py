@@ -168,9 +168,16 @@ class Config:
 
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", "machine", by_node=True)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "auto: bfloat16 where the hardware has it", "machine", resume="note"
+        "auto",
+        "auto: bfloat16 where the hardware has it; float32 multiplies as TF32 on a GPU",
+        "machine",
+        resume="note",
     )
-    compile: bool = flag(False, "torch.compile the blocks", "machine")
+    compile: bool | None = flag(
+        None,
+        "torch.compile the blocks; by default on NVIDIA GPUs with Triton and a C compiler, and not under ZeRO",
+        "machine",
+    )
     grad_checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, a third more time", "machine"
     )
@@ -178,6 +185,12 @@ class Config:
         "auto", "auto: ddp under torchrun, deepspeed under its launcher, else single", "machine"
     )
     hsdp: bool = flag(False, "fsdp: shard within a node, replicate across nodes", "machine")
+    fsdp_reshard: bool | None = flag(
+        None,
+        "fsdp: drop gathered parameters after every pass (less memory) or keep them until an update is over (fewer "
+        "gathers); by default kept where a whole copy takes no more than an eighth of a GPU's memory",
+        "machine",
+    )
     zero_stage: int | None = flag(
         None,
         "deepspeed: 1 shards optimizer state, 2 gradients too, 3 parameters too; by default the file's, else 2",

@@ -6,8 +6,10 @@ gradients (sums, any value, a barrier) is here too, and costs one process nothin
 """
 
 import contextlib
+import importlib.util
 import math
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -94,8 +96,9 @@ class Silence(threading.Thread):
         super().__init__(name="silence", daemon=True)
         self.limit, self.heard = limit, time.monotonic()
 
-    def hear(self) -> None:
-        self.heard = time.monotonic()
+    def hear(self, moment: float | None = None) -> None:
+        """All collectives begun before a moment (of time.monotonic; None: now) have come through."""
+        self.heard = max(self.heard, time.monotonic() if moment is None else moment)
 
     def run(self) -> None:
         while (left := self.heard + self.limit - time.monotonic()) > 0:
@@ -204,6 +207,24 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def use_tensor_cores(device: torch.device, dtype: torch.dtype) -> None:
+    """Where float32 is asked for on a GPU, its matrix products go through the tensor cores, as TF32: float32's range
+    and sums, 10 bits of mantissa in what is multiplied (as float16 has), at several times the speed. All else stays
+    exact float32, and so does everything on a CPU."""
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")
+
+
+def pick_compile(asked: bool | None, device: torch.device) -> bool:
+    """Whether to compile blocks; unasked where it pays and can work: on GPUs that Triton knows, with a C compiler."""
+    if asked is not None:
+        return asked
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 7:
+        return False
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    return importlib.util.find_spec("triton") is not None and compiler is not None
+
+
 def cpu_has_bfloat16() -> bool:
     """AVX512-BF16 or AMX on x86; without them bfloat16 is emulated, and slower than float32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -281,6 +302,26 @@ def sum_over_ranks(values: list[float], device: torch.device, group: dist.Proces
     sums = total.tolist()
     SILENCE.hear()
     return sums
+
+
+def host_group(seconds: float) -> dist.ProcessGroup | None:
+    """All ranks, on the host and apart from the training's group, so that a thread may talk while training does.
+
+    Two threads must never use one group at the same time: ranks would pair what belongs to different questions. Every
+    rank makes its groups in the same order; None for one process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+
+
+def sum_on_host(values: list[float], group: dist.ProcessGroup | None) -> list[float]:
+    """Sums over a `host_group`. It says nothing of the devices, so the silence that they are watched for goes on."""
+    if group is None:
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return total.tolist()
 
 
 def gather(value: T) -> list[T]:

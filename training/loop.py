@@ -4,6 +4,10 @@
 
 An update is: this rank's micro-batches, the gradient of the global mean loss, one optimizer step. Everything that must
 survive a kill is in `Progress`, the engine's state and the random state.
+
+The host runs ahead of the device. While an update is learnt the next is put together and counted (`Upcoming`), and the
+numbers of one are looked at when the next is queued (`Pending`): nothing within an update waits for the device. Where a
+line, a validation, a sample or a checkpoint is due, its numbers are waited for first.
 """
 
 import contextlib
@@ -11,7 +15,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -36,6 +40,7 @@ from training.optimizer import learning_rate
 from training.run_folder import held
 from training.saver import Progress, Saver, Settings, noted, resume
 from training.setup import Start
+from training.transfer import Deferred, Sent, Transfer
 
 BAD_UPDATES = 3  # non-finite updates in a row that stop the run
 BAD_UPDATES_FLOAT16 = 25  # the loss scaler halves its scale at each, which is how it finds the right one
@@ -146,31 +151,35 @@ class Run:
         prompts = self.held_out.prompts(self.config.eval_answers) if self.held_out else []
         self.answers = Answers(self.engine, self.tokenizer, prompts, self.progress, self.say)
         self.bad_updates = 0
+        self.pending: Pending | None = None
+        self.transfer = Transfer(self.engine.device)
         self.window = Window()
         self.progress.schedule_rows = self.progress.schedule_rows or self.source.rows_per_update
 
     def loop(self) -> None:
         config, progress, engine, saver = self.config, self.progress, self.engine, self.saver
         self.begin()
-        with StopSignals() as stop, Upcoming(self.source, self.total_steps - progress.step) as upcoming:
+        with StopSignals() as stop, self.upcoming(stop) as upcoming:
             self.window.start()
             while progress.step < self.total_steps and not self.best.over:
-                micro_batches = upcoming.take(progress.position)
+                update = upcoming.take(progress.position)
                 rate = self.rate()
-                totals = engine.forward_backward(micro_batches, self.objective)
+                totals = engine.forward_backward(update.sent.arrived(), self.objective, update.weight)
                 norm = engine.step(rate)
-                seen = self.count(micro_batches, stop.requested)
                 progress.step += 1
                 progress.position = min(progress.position + self.source.rows_per_update, self.source.total_rows)
-                progress.tokens += int(seen.supervised)
-                self.window.add(totals, seen.real_tokens)
-                self.check_finite(norm, totals, micro_batches)
-                self.report(rate, norm, seen.stop)
-                if seen.stop:
+                progress.tokens += int(update.supervised)
+                self.window.add(update)
+                rows = [batch.row_ids for batch in update.sent.micro_batches]
+                self.follow(Pending(progress.step, rate, norm, totals, rows))
+                news = upcoming.news()
+                self.report(news.stop)
+                if news.stop:
                     break
-                if seen.written:
+                if news.written:
                     saver.advance()
                 if due(progress.step, config.save_interval) and progress.step < self.total_steps:
+                    self.settle()
                     saver.save(progress, last=False)
             saver.save(progress)  # in here: a second signal while it writes must not cost it
         self.end()
@@ -229,49 +238,80 @@ class Run:
         if self.best.kept:
             self.say(f"best model: {self.best.folder} ({self.best})")
 
-    def count(self, micro_batches: list[Batch], stop: bool) -> "Seen":
-        """What this update was made of, and what any rank was asked meanwhile; one sum tells all ranks the same."""
+    def upcoming(self, stop: "StopSignals") -> "Upcoming":
+        return Upcoming(
+            self.source,
+            self.total_steps - self.progress.step,
+            self.count,
+            lambda: News(stop.requested, self.saver.written()),
+            alone=self.engine.world.size == 1,
+        )
+
+    def count(self, micro_batches: list[Batch], news: "News") -> "Update":
+        """An update on its way to the device, what it is made of, and what any rank was asked; one sum tells all ranks
+        the same."""
         world = self.engine.world
         counts = [
-            float(stop),
-            float(self.saver.written()),
+            float(news.stop),
+            float(news.written),
+            float(sum(self.objective.weight(batch) for batch in micro_batches)),
             float(sum(batch.real_tokens for batch in micro_batches)),
             float(sum(batch.supervised for batch in micro_batches)),
         ]
-        stopped, written, real, supervised = self.engine.sum_over_ranks(counts)
+        stop, written, *rows = self.engine.sum_on_host(counts)
         # ranks that hold one model between them have seen the same rows
-        return Seen(stopped > 0, written == world.size, real / world.model_size, supervised / world.model_size)
+        weight, real, supervised = (count / world.model_size for count in rows)
+        return Update(
+            self.transfer.send(micro_batches), weight, real, supervised, News(stop > 0, written == world.size)
+        )
 
-    def check_finite(self, norm: float, totals: Totals, micro_batches: list[Batch]) -> None:
+    # --- numbers that come later ---
+
+    def follow(self, update: "Pending") -> None:
+        """Look at the update before, now that the device has this one to go on with."""
+        before, self.pending = self.pending, update
+        if before is not None:
+            self.check_finite(before)
+
+    def settle(self) -> None:
+        """Wait for the update that is under way, and look at it."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self.check_finite(pending)
+
+    def check_finite(self, update: "Pending") -> None:
         """Name the rank and rows of a non-finite update (it was skipped); stop, state saved, after a few in a row."""
-        if math.isfinite(norm) and math.isfinite(totals.sums["loss"]):
+        norm, totals = update.norm.read(), update.totals.read()
+        loss = totals.sums["loss"]
+        if math.isfinite(norm) and math.isfinite(loss):
             self.bad_updates = 0
             return
         self.bad_updates += 1
-        scales, step, loss = self.engine.scales_loss, self.progress.step, totals.sums["loss"]
-        culprits = [
-            batch.row_ids for batch, loss in zip(micro_batches, totals.losses, strict=True) if not loss.isfinite()
-        ]
+        scales = self.engine.scales_loss
+        culprits = [rows for rows, loss in zip(update.rows, totals.losses, strict=True) if not math.isfinite(loss)]
         named = [f"rank {rank}, packed rows {rows}" for rank, rows in enumerate(self.engine.gather(culprits)) if rows]
         where = "; ".join(named) or "the losses are finite, the gradient is not"
         if named or not scales:
-            self.say(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped ({where})")
+            self.say(f"step {update.step}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped ({where})")
         if self.bad_updates >= (BAD_UPDATES_FLOAT16 if scales else BAD_UPDATES):
             self.saver.save(self.progress)
             raise ValueError(
-                f"{self.bad_updates} updates in a row were not finite, the last at step {step} ({where}); "
+                f"{self.bad_updates} updates in a row were not finite, the last at step {update.step} ({where}); "
                 "the state is saved. Lower --learning_rate, look at these rows, or use --dtype float32"
             )
 
     # --- what is said ---
 
-    def report(self, rate: float, norm: float, stopped: bool) -> None:
+    def report(self, stopped: bool) -> None:
         """Log, evaluate and sample when due. Every rank takes part. Who asks for a stop waits for no validation."""
         config, progress = self.config, self.progress
         last = progress.step == self.total_steps
         evaluate = not stopped and (last or due(progress.step, config.eval_interval))
         if last or stopped or (evaluate and self.held_out) or due(progress.step, config.log_interval):
-            record = self.record(rate, norm)
+            learnt = self.pending
+            assert learnt is not None
+            self.settle()
+            record = self.record(learnt)
             if evaluate and self.held_out:
                 record |= held_out_metrics(self.engine, self.objective, self.held_out) | self.answers.look()
             self.metrics.log(record)
@@ -286,17 +326,19 @@ class Run:
         if due(progress.step, config.sample_interval) and not stopped:
             self.sample()
 
-    def record(self, rate: float, norm: float) -> Record:
+    def record(self, update: "Pending") -> Record:
         """One line of metrics.jsonl. `loss` and its companions are those of this update, speed is since the last
         line."""
         progress, window, unit = self.progress, self.window, self.objective.unit
         seconds = window.seconds()
         progress.seconds += seconds
         speed = window.real_tokens / max(seconds, 1e-9)
-        learnt = self.objective.metrics(window.totals.sums, window.totals.weight)
+        totals = update.totals.read()
+        learnt = self.objective.metrics(totals.sums, totals.weight)
         record: Record = {"step": progress.step, "epoch": progress.position / self.source.rows_per_epoch}
         record |= {name: value for name, value in learnt.items() if name not in self.objective.only_held_out}
-        record |= {"lr": rate, "grad_norm": norm, "tokens": progress.tokens, "tokens_per_second": speed}
+        record |= {"lr": update.rate, "grad_norm": update.norm.read()}
+        record |= {"tokens": progress.tokens, "tokens_per_second": speed}
         if self.peak_flops is not None:
             record["mfu"] = speed * self.flops_per_token / self.peak_flops
         record |= {"seconds": progress.seconds, "memory_mb": peak_memory_mb(self.engine.device)}
@@ -351,31 +393,74 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-class Seen(NamedTuple):
-    """Of one update, over all ranks."""
+class News(NamedTuple):
+    """Of a rank, or of all of them."""
 
     stop: bool  # a rank was asked to
     written: bool  # all ranks have done their part of a save under way
+
+
+class Update(NamedTuple):
+    """This rank's micro-batches, and the counts of all data ranks'."""
+
+    sent: Sent[Batch]
+    weight: float
     real_tokens: float
     supervised: float
+    news: News  # of all ranks, from when it was begun to be put together
+
+
+class Pending(NamedTuple):
+    """An update that is queued; its numbers come when the device has come so far."""
+
+    step: int
+    rate: float
+    norm: Deferred[float]
+    totals: Deferred[Totals]
+    rows: list[list[int]]  # packed rows of every micro-batch, to name those that are not finite
 
 
 class Upcoming:
-    """The next update is put together while this one is learnt, where its source allows that."""
+    """The next update is put together and counted while this one is learnt, where its source allows that.
 
-    def __init__(self, source: Source, updates: int):
-        """`updates` is how many will be taken; none beyond is asked for."""
-        self.source, self.left = source, updates
+    Counting is a sum over ranks, in the same order on each of them: always by the thread, and by the main thread only
+    where no update is ahead of it. Along go the news, which all ranks thereby hear of at the same step: what a rank is
+    asked in one update it tells when the next is taken, and all have heard when that is learnt.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        updates: int,
+        count: Callable[[list[Batch], News], Update],
+        own: Callable[[], News],
+        alone: bool,
+    ):
+        """`updates` is how many will be taken; none beyond is asked for. own: this rank's news."""
+        self.source, self.left, self.count, self.own, self.alone = source, updates, count, own, alone
         self.pool = ThreadPoolExecutor(1, "upcoming")
-        self.next: Future[list[Batch]] | None = None
+        self.next: Future[Update] | None = None
 
-    def take(self, position: int) -> list[Batch]:
+    def take(self, position: int) -> Update:
         """The update at a position; calls follow each other without a gap."""
-        micro_batches = self.source.update(position) if self.next is None else self.next.result()
+        news = self.own()
+        self.taken = self.make(position, news) if self.next is None else self.next.result()
         self.left -= 1
+        self.next = None
         if self.source.ahead and self.left > 0:
-            self.next = self.pool.submit(self.source.update, position + self.source.rows_per_update)
-        return micro_batches
+            self.next = self.pool.submit(self.make, position + self.source.rows_per_update, news)
+        return self.taken
+
+    def make(self, position: int, news: News) -> Update:
+        return self.count(self.source.update(position), news)
+
+    def news(self) -> News:
+        """What all ranks have heard since this was last asked; one process has it from itself."""
+        if self.alone:
+            return self.own()
+        if self.next is not None:
+            return self.next.result().news
+        return News(False, False) if self.source.ahead else self.taken.news
 
     def __enter__(self) -> Self:
         return self
@@ -390,12 +475,10 @@ class Window:
     def start(self) -> None:
         self.began = time.perf_counter()
         self.real_tokens = self.weight = 0.0
-        self.totals = Totals({}, 0.0, [])
 
-    def add(self, totals: Totals, real_tokens: float) -> None:
-        self.totals = totals
-        self.real_tokens += real_tokens
-        self.weight += totals.weight
+    def add(self, update: Update) -> None:
+        self.real_tokens += update.real_tokens
+        self.weight += update.weight
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began

@@ -392,7 +392,9 @@ def peak_memory_mb(device: torch.device | str) -> float:
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
     """Floating-point operations a second this device can do at best: from the table, or else measured (~0.2 s)."""
     device = torch.device(device)
-    known = known_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    # the table's float32 is without TF32, whose rate is measured where matrix products are allowed it
+    tabled = device.type == "cuda" and (dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest")
+    known = known_peak(torch.cuda.get_device_name(device), dtype) if tabled else None
     return measured_peak(device, dtype) if known is None else known
 
 

@@ -159,7 +159,7 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "bf16": "--dtype bfloat16",
     "fp16": "--dtype float16",
     "fp32": "--dtype float32",
-    "tf32": NOT_HERE + "set torch's own TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1",
+    "tf32": NOT_HERE + "--dtype float32 uses it on a GPU by itself",
     "fp8": NOT_HERE + "--dtype takes float32, bfloat16 and float16",
     "use_compile": "--compile",
     "torch_compile": "--compile",

@@ -10,16 +10,22 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from model import GPT
 from training.config import Config
 
+# What an optimizer is told of its gradients by, as torch.amp.GradScaler does it: an attribute, float32 (), on the
+# device; 1 where one is not finite, and the step must leave weights, moments and counts as they were.
+FOUND_INF = "found_inf"
+
 
 def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Optimizer]:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with decay on matrices only; optionally Muon for hidden matrices.
 
-    Muon's update is scaled to AdamW's RMS (Moonshot, arXiv:2502.16982), so one learning rate serves both.
+    Muon's update is scaled to AdamW's RMS (Moonshot, arXiv:2502.16982), so one learning rate serves both. All of them
+    heed FOUND_INF.
     """
     roles = model.roles()
     learnt = [(roles[name], p) for name, p in model.named_parameters() if p.requires_grad]
@@ -31,12 +37,54 @@ def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Opt
         torch.optim.AdamW, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused
     )
     if config.optimizer == "adamw":
-        return [adamw([{"params": hidden + others, **decay}, {"params": rest, **no_decay}])]
+        return [heeding(adamw([{"params": hidden + others, **decay}, {"params": rest, **no_decay}]))]
     muon = torch.optim.Muon(
         hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     groups = [{"params": others, **decay}] if others else []
-    return [muon, adamw([*groups, {"params": rest, **no_decay}])]
+    return [heeding(muon), heeding(adamw([*groups, {"params": rest, **no_decay}]))]
+
+
+def heeding(optimizer: Optimizer) -> Optimizer:
+    """The optimizer, made to heed FOUND_INF where its kernel does not, as fused ones do."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        taking_back = TakingBack()
+        optimizer.register_step_pre_hook(taking_back.keep)
+        optimizer.register_step_post_hook(taking_back.choose)
+    return optimizer
+
+
+class TakingBack:
+    """Takes back on the device what a step has done, by a choice between before and after; to ask the host would be to
+    wait. It costs a copy of the optimizer's parameters and moments while it steps."""
+
+    def __init__(self) -> None:
+        self.skipped: Tensor | None = None
+        self.before: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def keep(self, optimizer: Optimizer, *_: object) -> None:
+        self.skipped = vars(optimizer).pop(FOUND_INF, None)  # those that know it and cannot heed it refuse to step
+        if self.skipped is not None:
+            self.before = {tensor: tensor.clone() for tensor in written(optimizer)}
+
+    @torch.no_grad()
+    def choose(self, optimizer: Optimizer, *_: object) -> None:
+        if self.skipped is None:
+            return
+        for tensor in written(optimizer):
+            # state that this step has made was zero before it
+            earlier = self.before[tensor] if tensor in self.before else torch.zeros_like(tensor)
+            tensor.copy_(torch.where(self.skipped.to(tensor.device) > 0, earlier, tensor))
+        self.before = {}
+
+
+def written(optimizer: Optimizer) -> Iterator[Tensor]:
+    """All tensors that a step writes to."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 @contextlib.contextmanager

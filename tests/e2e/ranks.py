@@ -106,7 +106,7 @@ def weights_of_one_model(engine: str) -> list[float]:
     one = World(world.rank, world.size, world.local_rank, world.local_size, world.launcher, model_size=2)
     config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, engine=engine)  # type: ignore[arg-type]
     spread = build_engine(GPT(SHAPE), config, Machine(one, device, torch.float32))
-    return spread.gather(spread.forward_backward(micro_batches(0)[: 1 + world.rank], NextToken()).weight)
+    return spread.gather(spread.forward_backward(micro_batches(0)[: 1 + world.rank], NextToken()).read().weight)
 
 
 def comes_back_by_name(engine: Any, folder: Path) -> bool:
@@ -151,12 +151,12 @@ def try_out(flags: dict[str, Any]) -> dict[str, Any]:
     ddp_calls.clear()
     before = answers(engine)
     engine.forward_backward(micro_batches(1), Poisoned())
-    norm = engine.step(1e-2)
+    norm = engine.step(1e-2).read()
     no_trace = bool(torch.equal(answers(engine), before)) and norm not in (0.0, 1.0) and not norm < float("inf")
     ddp_calls.clear()
     with Reductions() as reductions:
-        sums = engine.forward_backward(micro_batches(2), NextToken()).sums
-    good = engine.step(1e-2)
+        sums = engine.forward_backward(micro_batches(2), NextToken()).read().sums
+    good = engine.step(1e-2).read()
     moved = not torch.equal(answers(engine), before)
     kept = True
     if engine.name == "deepspeed" and engine.stage == 3:  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from tests.invariant.engines import STAGES, same_as_alone, train_all, train_alon
 TORCHRUN = {
     "ddp": ["--engine", "ddp"],
     "fsdp": ["--engine", "fsdp"],
+    "fsdp, kept gathered": ["--engine", "fsdp", "--fsdp_reshard", "no"],
     "fsdp, offload, checkpointing, async": [
         "--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save",
     ],

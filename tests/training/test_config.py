@@ -305,3 +305,18 @@ def test_what_is_not_given_is_in_no_range():
     config = load()
     assert config.min_lr is config.warmup_steps is config.max_seq_len is None
     config.check()
+
+
+# Flags with a third answer --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["compile", "fsdp_reshard"])
+def test_a_switch_may_be_left_to_the_machine_and_is_not_recorded_then(recipe, tmp_path, name):
+    assert getattr(load(), name) is None
+    for argv, value in (([f"--{name}"], True), ([f"--{name}", "no"], False), (recipe(f"{name}: false"), False)):
+        config = load(*argv)
+        assert getattr(config, name) is value
+        save_config(config, tmp_path / "saved.yaml")
+        assert getattr(load("--config", str(tmp_path / "saved.yaml")), name) is value
+    save_config(load(), tmp_path / "saved.yaml")
+    assert name not in (tmp_path / "saved.yaml").read_text()  # so that versions that know no third answer read it

@@ -145,6 +145,7 @@ def test_the_launcher_decides_unless_a_flag_does(launcher: str | None, name: str
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "single": ({"engine": "single"}, r"--engine single, but a launcher started 2 processes"),
+    "fsdp_reshard": ({"fsdp_reshard": False}, r"--fsdp_reshard is for --engine fsdp, and the engine is ddp"),
     "hsdp": ({"hsdp": True}, r"--hsdp is for --engine fsdp, and the engine is ddp"),
     "zero_stage": ({"zero_stage": 1}, r"--zero_stage 1 is for --engine deepspeed, and the engine is ddp"),
     "file": ({"deepspeed_config": "x.json"}, r"--deepspeed_config x.json is for --engine deepspeed"),

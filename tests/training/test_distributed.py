@@ -61,6 +61,16 @@ def test_a_rank_that_hears_nothing_says_so_before_its_limit_ends_it(monkeypatch,
     assert "the same command goes on from it" in line
 
 
+def test_silence_counts_from_the_latest_moment_that_is_known_to_be_over():
+    silence = Silence(limit=10)
+    silence.hear()
+    heard = silence.heard
+    silence.hear(heard - 5)  # numbers of an update that was queued before
+    assert silence.heard == heard
+    silence.hear(heard + 5)
+    assert silence.heard == heard + 5
+
+
 # Devices and threads --------------------------------------------------------------------------------------------
 
 

@@ -15,11 +15,12 @@ from model import load_pretrained
 from training import NextToken, PretrainConfig, checkpoint, distributed
 from training.distributed import World
 from training.engines import Machine, SingleEngine
-from training.loop import Run, StopSignals, explained, held_out_metrics, planned_steps, train
+from training.loop import News, Run, StopSignals, Upcoming, Update, explained, held_out_metrics, planned_steps, train
 from training.metrics import Metrics
 from training.optimizer import learning_rate
 from training.saver import Progress, Saver, noted, resume
 from training.setup import Start
+from training.transfer import Sent
 
 # row i is 3 + i % 4 places long, so that rows weigh differently
 ROWS = [[1, 30 + i, *range(5, 7 + i % 4)] for i in range(20)]
@@ -308,6 +309,108 @@ def test_float16_has_25_updates_to_find_its_scale_and_tells_of_none(make_run, ca
     else:
         run.loop()
     assert "skipped" not in capsys.readouterr().err
+
+
+def test_numbers_looked_at_one_update_late_name_the_very_step_and_rows(make_run, capsys):
+    run = make_run(Documents(total_rows=16), Noted(nan_loss=(3,), nan_gradient=(8,)), log_interval=100)
+    run.loop()
+    told = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert told[0].startswith("step 2: loss nan") and "(rank 0, packed rows [[3]])" in told[0]
+    assert told[1].startswith("step 5: loss ") and "the losses are finite" in told[1]
+
+
+def test_a_run_that_stops_for_them_has_saved_the_update_that_was_queued_by_then(make_run, tmp_path):
+    source = Documents(total_rows=16)
+    run = make_run(source, Noted(nan_loss=(2, 4, 6)), log_interval=100)
+    with pytest.raises(ValueError, match=r"3 updates in a row were not finite, the last at step 4 \(rank 0"):
+        run.loop()
+    assert source.asked == [0, 2, 4, 6, 8]
+    assert checkpoint.read_run(tmp_path / "pretrain_32/checkpoints/step_000005")["progress"]["position"] == 10
+    after = make_run(Documents(total_rows=16), log_interval=100)
+    assert after.progress.step == 5 and equal(parameters(after), parameters(run))
+
+
+@pytest.mark.parametrize("due", [{"save_interval": 4}, {"log_interval": 4}, {"eval_interval": 4}])
+def test_what_is_due_waits_for_the_numbers_of_its_own_update(make_run, due):
+    """The third such update in a row is the fourth of all, and nothing is written or learnt beyond it."""
+    flags = {"log_interval": 100, "save_interval": 0, "eval_interval": 0} | due
+    source = Documents(total_rows=16)
+    with pytest.raises(ValueError, match="the last at step 4"):
+        make_run(source, Noted(nan_loss=(2, 4, 6)), Documents(), **flags).loop()
+    assert source.asked == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_lines_are_the_same_however_often_they_are_written(make_run, ahead):
+    found = {}
+    for interval in (1, 3):
+        run = make_run(Documents(total_rows=14, ahead=ahead), log_interval=interval, resume="none")
+        run.loop()
+        found[interval] = {record["step"]: record for record in records(run)}
+    assert list(found[3]) == [3, 6, 7]
+    for step, record in found[3].items():
+        same = {"step", "epoch", "loss", "lr", "grad_norm", "tokens"}
+        assert {name: record[name] for name in same} == {name: found[1][step][name] for name in same}
+
+
+# What ranks tell each other ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ahead", "asked_in", "stopped_after"), [(True, 3, 4), (False, 3, 4), (True, 1, 2)])
+def test_all_ranks_stop_at_one_step_though_one_was_asked(ahead, asked_in, stopped_after):
+    """One update later than the rank that was asked would have. Ranks are threads here, their sum is a real one."""
+    meeting, told, ended = threading.Barrier(2, timeout=10), [False, False], [0, 0]
+
+    def rank(number: int) -> None:
+        def count(micro_batches, news):
+            told[number] = news.stop
+            meeting.wait()
+            stop = any(told)
+            meeting.wait()
+            return Update(Sent(micro_batches), 1.0, 1.0, 1.0, News(stop, False))
+
+        asked = False
+        source = Documents(total_rows=20, ahead=ahead)
+        with Upcoming(source, 10, count, lambda: News(asked, False), alone=False) as upcoming:
+            for step in range(1, 11):
+                upcoming.take(source.rows_per_update * (step - 1))
+                asked = asked or (number == 1 and step == asked_in)
+                ended[number] = step
+                if upcoming.news().stop:
+                    break
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended == [stopped_after, stopped_after]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_news_is_heard_once(ahead):
+    """What all ranks have done their part of is taken a step further once for each time they say so."""
+    said = iter([True, False, True, True, False])
+    with Upcoming(
+        Documents(total_rows=10, ahead=ahead), 5, lambda _, news: Update(Sent([]), 1.0, 1.0, 1.0, news),
+        lambda: News(False, next(said)), alone=False,
+    ) as upcoming:  # fmt: skip
+        heard = []
+        for position in range(0, 10, 2):
+            upcoming.take(position)
+            heard.append(upcoming.news().written)
+    assert heard == [True, False, True, True, False]
+
+
+def test_one_process_asks_nobody(make_run, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a collective")
+
+    for name in ("all_reduce", "all_gather_object", "new_group", "barrier"):
+        monkeypatch.setattr(dist, name, refused)
+    run = make_run(Documents(ahead=True), log_interval=2, save_interval=2)
+    run.loop()
+    assert run.progress.step == 3
 
 
 # Signals --------------------------------------------------------------------------------------------------------

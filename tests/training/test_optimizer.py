@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training import PretrainConfig
-from training.optimizer import build_optimizers, learning_rate
+from training.optimizer import FOUND_INF, build_optimizers, learning_rate, written
 
 
 def groups(model, optimizer) -> list[tuple[float, set[str]]]:
@@ -87,6 +87,37 @@ def test_a_few_steps_learn_a_sequence(make_model, optimizer):
             each.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 10
+
+
+def everything(optimizers) -> list[torch.Tensor]:
+    """Weights, moments and counts as they are now."""
+    return [tensor.detach().clone() for optimizer in optimizers for tensor in written(optimizer)]
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize(("optimizer", "fused"), [("adamw", True), ("adamw", False), ("muon", True), ("muon", False)])
+def test_an_update_that_is_not_finite_is_skipped_without_asking(make_model, optimizer, fused, bad):
+    """The first, before there is any state, and one after others; those around it do not notice."""
+    found = {}
+    for skips in (False, True):
+        model = make_model()
+        optimizers = build_optimizers(model, PretrainConfig(optimizer=optimizer), fused=fused)
+        for step in range(4):
+            skipped = skips and step % 2 == 0
+            for i, parameter in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(100 * step + i)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                if skipped:
+                    parameter.grad.fill_(bad)
+            before = everything(optimizers)
+            for each in optimizers if skips or step % 2 else ():
+                setattr(each, FOUND_INF, torch.tensor(float(skipped)))
+                each.step()
+            if skipped and step:
+                assert all(torch.equal(a, b) for a, b in zip(before, everything(optimizers), strict=True))
+        found[skips] = everything(optimizers)
+    assert len(found[True]) == len(found[False]) > len(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found[True], found[False], strict=True))
 
 
 def rates(total: int, **settings) -> list[float]:

@@ -33,6 +33,7 @@ def engine_name(config: Config, world: World) -> str:
         )
     for flag, given, engines in (
         ("--hsdp", config.hsdp, ("fsdp",)),
+        ("--fsdp_reshard", config.fsdp_reshard is not None, ("fsdp",)),
         (f"--zero_stage {config.zero_stage}", config.zero_stage is not None, ("deepspeed",)),
         (f"--deepspeed_config {config.deepspeed_config}", config.deepspeed_config is not None, ("deepspeed",)),
         ("--offload cpu", config.offload == "cpu", ("fsdp", "deepspeed")),

@@ -1,7 +1,8 @@
 """What the loop may ask of an engine, whichever it is. Every rank calls every method at the same time.
 
-    totals = engine.forward_backward(micro_batches, objective)     sums over all micro-batches and data ranks
+    totals = engine.forward_backward(micro_batches, objective, weight)     sums over all micro-batches and data ranks
     norm = engine.step(learning_rate)
+    totals.read().sums["loss"], norm.read()                                waits for the device, and the others do not
 
 An engine owns the model, the optimizers and the order in which micro-batches meet the network; the objective sees only
 what the network said.
@@ -21,6 +22,7 @@ from dataset.batch import Batch
 from model import GPT
 from training.distributed import World
 from training.objectives import Objective, Output
+from training.transfer import Deferred
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]  # name and full float32 tensor of every parameter, at every call
 T = TypeVar("T")
@@ -40,7 +42,7 @@ class Totals(NamedTuple):
 
     sums: dict[str, float]  # the objective's, over all micro-batches and data ranks
     weight: float  # likewise; a mean is a sum divided by it
-    losses: list[Tensor]  # of this rank's micro-batches, to name the rows of one that is not finite
+    losses: list[float]  # of this rank's micro-batches, to name the rows of one that is not finite
 
 
 class Peers(Protocol):
@@ -49,6 +51,9 @@ class Peers(Protocol):
     world: World
 
     def sum_over_ranks(self, values: list[float]) -> list[float]: ...
+
+    def sum_on_host(self, values: list[float]) -> list[float]:
+        """The same, beside whatever the devices do. The first call is the main thread's; one thread at a time."""
 
     def gather(self, value: T) -> list[T]:
         """Any picklable value of every rank."""
@@ -63,11 +68,17 @@ class Engine(Peers, Protocol):
     model: GPT  # its config and parameters; a sharded one cannot be called
     optimizers: list[Optimizer]
 
-    def forward_backward(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
-        """Accumulate the gradient of sum(loss) / sum(weight), both over all micro-batches and data ranks."""
+    def forward_backward(
+        self, micro_batches: list[B], objective: Objective[B], weight: float | None = None
+    ) -> Deferred[Totals]:
+        """Accumulate the gradient of sum(loss) / sum(weight), both over all micro-batches and data ranks.
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, clear. Returns the gradient's norm before clipping; a non-finite one skips the update."""
+        Who knows the weight by then gives it; without, ranks sum it here, and wait for that.
+        """
+
+    def step(self, learning_rate: float) -> Deferred[float]:
+        """Clip, update, clear. Returns the gradient's norm before clipping; a non-finite one skips the update, so that
+        weights, moments and counts stay as they were."""
 
     def evaluate(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
         """The objective's sums over these micro-batches and all data ranks, without gradients."""

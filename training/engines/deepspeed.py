@@ -39,6 +39,7 @@ from training.engines.deepspeed_config import Settings, deepspeed_settings, offl
 from training.engines.named_state import MOMENTS, TAG, NamedState, named_state, write_universal
 from training.engines.pytorch import Accumulating, PyTorchEngine, own_weights
 from training.optimizer import build_optimizers, own_settings
+from training.transfer import Deferred
 
 DeepSpeed = Any  # what deepspeed.initialize returns; it has no types
 
@@ -98,6 +99,7 @@ class ZeroEngine(Accumulating):
 
     def __init__(self, model: GPT, config: Config, machine: Machine, weights: Weights | None, settings: Settings):
         super().__init__(model, config, machine)
+        self.compiled = bool(config.compile)  # its hooks stand within blocks, so that only who asks for it gets it
         self.settings, self.stage = settings, settings["zero_optimization"]["stage"]
         if self.dtype == torch.bfloat16 and settings["gradient_accumulation_steps"] > 1:
             settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
@@ -130,16 +132,17 @@ class ZeroEngine(Accumulating):
     def backward(self, loss: Tensor) -> None:
         self.network.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Deferred[float]:
+        """DeepSpeed looks at the gradient itself, and waits for it; so the norm is there."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.network.step()
         if self.network.was_step_applied():
-            return float(self.network.get_global_grad_norm())
+            return number(float(self.network.get_global_grad_norm()))
         # offloaded gradients of a skipped update are left in place, and would spoil all that follow
         for key in getattr(self.network.optimizer, "averaged_gradients", None) or {}:
             self.network.optimizer.averaged_gradients[key] = None
-        return float("inf")
+        return number(float("inf"))
 
     # --- state by parameter name ---
 
@@ -160,7 +163,8 @@ class ZeroEngine(Accumulating):
     @contextlib.contextmanager
     def generator(self) -> Iterator[GPT]:
         whole = self.model if self.stage < 3 else assemble(self.model.config, self.full_weights(), self.device)
-        yield whole.eval()
+        with self.eagerly():
+            yield whole.eval()
 
     @torch.no_grad()
     def set_by_name(self, source: Callable[[], Iterable[tuple[str, dict[str, Tensor]]]], step: float) -> None:
@@ -283,6 +287,10 @@ class ZeroEngine(Accumulating):
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def number(value: float) -> Deferred[float]:
+    return Deferred(torch.tensor([value], dtype=torch.float64), lambda numbers: numbers[0])
 
 
 class BackgroundWriter(CheckpointEngine):

@@ -8,7 +8,7 @@ processes.
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -22,10 +22,24 @@ from model.folder import assemble
 from training.engines.contract import Weights
 from training.engines.pytorch import PyTorchEngine, fill
 
+MEMORY_FOR_GATHERED = 1 / 8  # of a GPU's
+
 
 class FSDPEngine(PyTorchEngine):
     name = "fsdp"
     averages = True  # reduce-scatter averages over ranks, as DDP does
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether parameters, once gathered, stay until the update is over: one gather an update, where else there are
+        two a micro-batch. They cost a whole copy in the precision that blocks compute in."""
+        if self.config.fsdp_reshard is not None:
+            return not self.config.fsdp_reshard
+        if self.device.type != "cuda":
+            return False
+        with torch.device("meta"):
+            copy = GPT(self.model.config).num_parameters() * self.dtype.itemsize
+        return copy <= torch.cuda.get_device_properties(self.device).total_memory * MEMORY_FOR_GATHERED
 
     def place(self, model: GPT, weights: Weights) -> GPT:
         offload = self.config.offload == "cpu"
@@ -40,7 +54,7 @@ class FSDPEngine(PyTorchEngine):
         precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         model = model.to("meta")
         for block in model.blocks():
-            shard(block, mp_policy=precision)
+            shard(block, mp_policy=precision, reshard_after_forward=not self.keeps)
         shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         model.to_empty(device="cpu" if offload else self.device)
         fill(model, weights)
@@ -55,6 +69,7 @@ class FSDPEngine(PyTorchEngine):
     def communicate_if(self, last: bool) -> contextlib.AbstractContextManager:
         assert isinstance(self.model, FSDPModule)  # what fully_shard has made of it
         self.model.set_requires_gradient_sync(last)
+        self.model.set_reshard_after_backward(last or not self.keeps)
         return contextlib.nullcontext()
 
     def clip_gradients(self) -> Tensor:

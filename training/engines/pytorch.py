@@ -32,7 +32,8 @@ from training.engines import torch_files
 from training.engines.contract import B, Machine, T, Totals, Weights
 from training.engines.named_state import NamedState, is_deepspeed, named_state
 from training.objectives import Objective, Output
-from training.optimizer import build_optimizers, own_settings
+from training.optimizer import FOUND_INF, build_optimizers, own_settings
+from training.transfer import Deferred
 
 # one process that saves alone is what is meant; said once and for all, since background threads save as well
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -46,19 +47,22 @@ class Accumulating:
     """
 
     name = "single"
+    compiler = "inductor"  # a backend of torch.compile
     averages = False  # whether gradients are averaged over data ranks on the way; the loss is scaled up for it
     network: nn.Module  # what is called: the model, or what stands around it
 
     def __init__(self, model: GPT, config: Config, machine: Machine):
         self.model, self.config = model, config
         self.world, self.device, self.dtype = machine
+        self.compiled = distributed.pick_compile(config.compile, self.device)
+        distributed.use_tensor_cores(self.device, self.dtype)
 
     def set_up_blocks(self) -> None:
-        """What flags ask of the network's blocks, once they are where they stay."""
+        """What flags ask of the network's blocks, once they are where they stay. Compiled they share one graph."""
         self.model.recompute_activations(self.config.grad_checkpointing)
-        if self.config.compile:
+        if self.compiled:
             for block in self.model.blocks():
-                block.compile(dynamic=False)
+                block.compile(dynamic=False, backend=self.compiler)
 
     # --- what a way of spreading decides ---
 
@@ -84,9 +88,12 @@ class Accumulating:
             )
         )  # fmt: skip
 
-    def forward_backward(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
+    def forward_backward(
+        self, micro_batches: list[B], objective: Objective[B], weight: float | None = None
+    ) -> Deferred[Totals]:
         self.model.train()
-        weight = self.sum_over_data([sum(objective.weight(batch) for batch in micro_batches)])[0]
+        if weight is None:
+            weight = self.sum_over_data([sum(objective.weight(batch) for batch in micro_batches)])[0]
         scale = (self.world.data_size if self.averages else 1) / max(weight, 1.0)
         totals = torch.zeros(len(objective.names), device=self.device, dtype=torch.float32)
         losses = []
@@ -97,9 +104,19 @@ class Accumulating:
                     loss, sums = objective(self.ask(batch, objective), batch)
                 self.backward(loss * scale)
             totals += torch.stack([sums[name].float() for name in objective.names])
-            losses.append(sums["loss"])
-        summed = self.sum_over_data(totals.tolist())
-        return Totals(dict(zip(objective.names, summed, strict=True)), weight, losses)
+            losses.append(sums["loss"].float())
+        return self.deferred(objective.names, totals, weight, losses)
+
+    def deferred(self, names: tuple[str, ...], totals: Tensor, weight: float, losses: list[Tensor]) -> Deferred[Totals]:
+        """Sums over data ranks, made on the device in float64, with this rank's losses behind them."""
+        if dist.is_initialized():
+            totals = totals.double()
+            dist.all_reduce(totals, group=self.data_group)
+        n = len(names)
+        return Deferred(
+            torch.cat([totals, torch.stack(losses)]),
+            lambda numbers: Totals(dict(zip(names, numbers[:n], strict=True)), weight, numbers[n:]),
+        )
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
@@ -112,7 +129,7 @@ class Accumulating:
                 _, sums = objective(self.ask(batch, objective), batch)
             here = [*(float(sums[name]) for name in objective.names), float(objective.weight(batch))]
             totals = [a + b for a, b in zip(totals, here, strict=True)]
-            losses.append(sums["loss"])
+            losses.append(float(sums["loss"]))
         *summed, weight = self.sum_over_data(totals)
         return Totals(dict(zip(objective.names, summed, strict=True)), weight, losses)
 
@@ -124,7 +141,12 @@ class Accumulating:
 
     @contextlib.contextmanager
     def generator(self) -> Iterator[GPT]:
-        yield self.model.eval()
+        with self.eagerly():
+            yield self.model.eval()
+
+    def eagerly(self) -> contextlib.AbstractContextManager:
+        """Around generation with the network itself: every token is another length, and would be another graph."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
     @property
     def scales_loss(self) -> bool:
@@ -142,6 +164,13 @@ class Accumulating:
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         return distributed.sum_over_ranks(values, self.device)
+
+    @cached_property
+    def host_group(self) -> dist.ProcessGroup | None:
+        return distributed.host_group(self.config.comm_timeout)
+
+    def sum_on_host(self, values: list[float]) -> list[float]:
+        return distributed.sum_on_host(values, self.host_group)
 
     def gather(self, value: T) -> list[T]:
         return distributed.gather(value)
@@ -181,20 +210,22 @@ class PyTorchEngine(Accumulating):
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Deferred[float]:
         """Clip, update, clear. Returns the gradient's norm before clipping; a non-finite one skips the update."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             self.scaler.unscale_(optimizer)
         norm = self.clip_gradients()
-        if norm.isfinite():
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+        # to ask whether it is finite would wait for it: the optimizers look themselves, on the device
+        skipped = norm.isfinite().logical_not().float()
+        for optimizer in self.optimizers:
+            setattr(optimizer, FOUND_INF, skipped)
+            optimizer.step()
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return Deferred(norm.reshape(1), lambda numbers: numbers[0])
 
     def clip_gradients(self) -> Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))

@@ -1,0 +1,185 @@
+"""Nothing within an update waits for the device: real runs of the real loop, watched for what would.
+
+On a CPU nothing waits, but what would wait on a GPU is known by name: a tensor that becomes a Python number or a truth
+value, an operator whose result's size depends on data, a copy to the host. Two modes of torch see all of them, those
+that Python asks for and those that operators and optimizers ask for inside.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dataset.batch import Batch
+from tests.helpers import PLAIN, ROOT, TINY, make_data, train_here
+from training import NextToken, PretrainConfig, distributed
+from training.distributed import World
+from training.engines import Machine
+from training.engines.fsdp import FSDPEngine
+from training.engines.pytorch import PyTorchEngine
+from training.transfer import Deferred
+
+ASKED = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}  # of a tensor
+OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
+INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
+# TEMPORARY, to be removed with the boolean indexing in model/gpt.py: the loss picks the places that learn by a mask,
+# and only the device knows how many they are; its backward pass puts their gradients back by the same mask
+EXCEPTIONS = {("aten.index", "chunked_nll"), ("aten.index_put", "PyTorchEngine.backward")}
+# what is done beside updates, when it is due, or in a thread; it waits for the device, and may
+BESIDE = {"Run.begin", "Run.report", "Run.settle", "Saver.save", "Saver.advance", "Run.end", "Upcoming.make"}
+
+
+def our_functions() -> list[str]:
+    """Names of our functions that run, the innermost first."""
+    names, frame = [], sys._getframe(1)
+    while frame is not None:
+        if ours(frame):
+            names.append(frame.f_code.co_qualname)
+        frame = frame.f_back  # type: ignore[assignment]
+    return names
+
+
+def ours(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    return file.startswith(str(ROOT)) and "/tests/" not in file
+
+
+class Watch:
+    """Notes what would wait within one of some functions of ours, and outside BESIDE."""
+
+    def __init__(self, *inside: str) -> None:
+        self.inside = set(inside)
+        self.waits: list[tuple[str, str]] = []  # what would wait, our innermost function that asked for it
+        self.queued = 0  # updates
+        self.reads: list[int] = []  # how many were queued whenever a deferred number was read
+
+    def note(self, what: str) -> None:
+        functions = our_functions()
+        if not self.inside & set(functions) or BESIDE & set(functions):
+            return
+        if functions[0] == "Deferred.read":
+            self.reads.append(self.queued)
+        else:
+            self.waits.append((what, functions[0]))
+
+
+class Python(TorchFunctionMode):
+    def __init__(self, note: Callable[[str], None]):
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in ASKED or (name == "to" and "cpu" in [arg for arg in args[1:] if isinstance(arg, str)]):
+            self.note(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self, note: Callable[[str], None]):
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in INDEXING else ()
+        by_mask = any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        if name in OPERATORS or by_mask:
+            self.note(f"aten.{name}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("waits")
+    make_data(folder, rows=24)
+    return folder
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+    """Of the run within the test; it counts the updates that engines queue."""
+    watch, step = Watch("Run.loop"), PyTorchEngine.step
+
+    def counted(engine: PyTorchEngine, learning_rate: float) -> Deferred[float]:
+        norm = step(engine, learning_rate)
+        watch.queued += 1
+        return norm
+
+    monkeypatch.setattr(PyTorchEngine, "step", counted)
+    yield watch
+    distributed.stop()  # engines of several ranks meet alone, too
+
+
+RUNS = {
+    "pretrain, bfloat16, checkpointed": ["--dtype", "bfloat16", "--grad_checkpointing"],
+    "full_sft, ddp, float16": ["--dtype", "float16", "--engine", "ddp"],
+    "dpo, muon": ["--optimizer", "muon", "--grad_clip", 0],
+    "pretrain, fsdp, muon": ["--engine", "fsdp", "--optimizer", "muon"],
+}
+DATA = {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl", "dpo": "dpo.jsonl"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_update_waits_for_nothing_and_its_numbers_are_read_once_the_next_is_queued(
+    base: Path, tmp_path: Path, watch: Watch, name: str
+) -> None:
+    stage = name.split(",")[0]
+    files = ["--data_path", base / DATA[stage], "--cache_dir", base / "cache", "--out_dir", tmp_path]
+    model = ["--init_from", "none", "--dim", 32, *TINY, *PLAIN]
+    steps = ["--batch_size", 1, "--accumulation_steps", 2, "--max_steps", 4, "--val_fraction", 0, "--log_interval", 9]
+    with Python(watch.note), Operators(watch.note):
+        train_here(stage, *files, *model, *steps, "--eval_answers", 0, *RUNS[name])
+    assert set(watch.waits) - EXCEPTIONS == set()
+    # the norm and the sums of each update; those of the last are waited for, since a line is due
+    assert watch.queued == 4 and watch.reads == [2, 2, 3, 3, 4, 4]
+
+
+def test_ranks_that_send_each_other_parameters_wait_for_nothing_either(make_model) -> None:
+    """Here is the first of two, and what it would send goes nowhere. Of DDP's sending Python sees nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        machine = Machine(World(0, 2, 0, 2), torch.device("cpu"), torch.bfloat16)
+        engine = FSDPEngine(make_model(), PretrainConfig(engine="fsdp", optimizer="muon"), machine)
+        watch = Watch("Accumulating.forward_backward", "PyTorchEngine.step")
+        ids = torch.arange(12).expand(2, 12)
+        with Python(watch.note), Operators(watch.note):
+            for _ in range(2):
+                engine.forward_backward([Batch(ids, ids + 1, ids, [0, 1], 24, 24)] * 2, NextToken(), weight=96.0)
+                engine.step(1e-3)
+        assert set(watch.waits) - EXCEPTIONS == set()
+    finally:
+        distributed.stop()
+
+
+WAITING: dict[str, Callable[[Tensor], object]] = {
+    "__bool__": lambda values: bool(values[0] > 0),
+    "__float__": lambda values: float(values[0]),
+    "tolist": lambda values: values.tolist(),
+    "cpu": lambda values: values.cpu(),
+    "to": lambda values: values.to("cpu", non_blocking=True),
+    "aten.nonzero": lambda values: (values > 1).nonzero(),
+    "aten.index": lambda values: values[values > 1],
+    "aten.index_put_": lambda values: values.index_put_((values > 1,), torch.tensor(0.0)),
+    "aten._local_scalar_dense": lambda values: torch.add(values, values, alpha=values[0]),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_the_watch_sees_what_would_wait(name: str) -> None:
+    seen: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(Python(seen.append))
+        stack.enter_context(Operators(seen.append))
+        WAITING[name](torch.arange(3.0))
+    assert name in seen
