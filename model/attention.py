@@ -95,10 +95,10 @@ def prepare(
     """
     if position_ids is None:
         return Context(dropout)
-    if layout is not None and position_ids.device.type == "cpu":
-        return Context(dropout, blocks=plan_blocks(layout, *heads))
     if layout is not None and has_varlen(position_ids.device, dtype, dropout):
         return Context(layout=layout)
+    if layout is not None and position_ids.device.type == "cpu":
+        return Context(dropout, blocks=plan_blocks(layout, *heads))
     return Context(dropout, visible(position_ids))
 
 

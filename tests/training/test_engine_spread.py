@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.attention
 from dataset.batch import Batch
 from model import GPT, GPTConfig, generate
 from tests.conftest import TINY, spread_weights
@@ -32,7 +34,7 @@ def met_alone() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def model(**changes: object) -> GPT:
+def make(**changes: object) -> GPT:
     made = GPT(GPTConfig(**(TINY | {"n_layers": 4} | changes)))  # type: ignore[arg-type]
     spread_weights(made)
     return made
@@ -43,7 +45,25 @@ def packed(*lengths: int, seed: int = 0) -> Batch:
     assert sum(lengths) == 12
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(2, 12)
     ids = torch.randint(4, 90, (2, 13), generator=torch.Generator().manual_seed(seed))
-    return Batch(ids[:, :-1], ids[:, 1:], positions, [0, 1], 24, 24)
+    batch = Batch.of(ids[:, :-1], ids[:, 1:], positions, [0, 1], 24)
+    batch.cu_seqlens = F.pad(batch.cu_seqlens, (0, 9 - len(batch.cu_seqlens)), value=24)  # as loaders make them
+    return batch
+
+
+def varlen(q, k, v, cu_seqlens, keys_too, longest, longest_key):
+    """FlashAttention's result, in operators that a graph may hold."""
+    place = torch.arange(len(q))
+    sequence = (place[:, None] >= cu_seqlens).sum(-1)
+    mask = (sequence[:, None] == sequence) & (place[:, None] >= place)
+    heads_first = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).transpose(0, 1)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.attention, "has_varlen", lambda *asked: True)
+    monkeypatch.setattr(model.attention, "VARLEN_GQA", True)
+    monkeypatch.setattr(model.attention, "varlen", varlen)
 
 
 # Compiled blocks ------------------------------------------------------------------------------------------------
@@ -65,7 +85,9 @@ class Graphs:
     [(SingleEngine, {}), (SingleEngine, {"grad_checkpointing": True}), (DDPEngine, {}), (FSDPEngine, {})],
     ids=["single", "checkpointed", "ddp", "fsdp"],
 )
-def test_all_blocks_share_one_graph_without_a_break_whatever_the_packing(kind: type, flags: dict) -> None:
+def test_all_blocks_share_one_graph_without_a_break_whatever_the_packing(
+    as_on_cuda: None, kind: type, flags: dict
+) -> None:
     graphs = Graphs()
 
     class Counting(kind):
@@ -75,7 +97,7 @@ def test_all_blocks_share_one_graph_without_a_break_whatever_the_packing(kind: t
         engine.forward_backward([packed(*lengths)], NextToken())
         engine.step(1e-3)
 
-    engine = Counting(model(), PretrainConfig(compile=True, **flags), MACHINE)
+    engine = Counting(make(), PretrainConfig(compile=True, **flags), MACHINE)
     torch._dynamo.utils.counters.clear()
     update(12)
     assert graphs.made == 1
@@ -96,7 +118,7 @@ def test_compiled_blocks_learn_what_others_do() -> None:
 
     sums = []
     for kind, compiled in ((SingleEngine, False), (Counting, True)):
-        engine = kind(model(), PretrainConfig(compile=compiled), MACHINE)
+        engine = kind(make(), PretrainConfig(compile=compiled), MACHINE)
         for lengths in ((12,), (3, 4, 5)):
             sums.append(engine.forward_backward([packed(*lengths)], NextToken()).read().sums["loss"])
             engine.step(1e-3)
@@ -147,7 +169,7 @@ def test_parameters_that_stay_are_gathered_once_an_update(reshard: bool | None, 
     distributed.stop()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     machine = Machine(World(0, 2, 0, 2), CPU, torch.float32)
-    engine = FSDPEngine(model(), PretrainConfig(engine="fsdp", fsdp_reshard=reshard), machine)
+    engine = FSDPEngine(make(), PretrainConfig(engine="fsdp", fsdp_reshard=reshard), machine)
     for _ in range(2):
         with Gathers() as counted:
             engine.forward_backward([packed(12, seed=i) for i in range(3)], NextToken(), weight=144.0)
