@@ -12,10 +12,10 @@ padding (single-token documents of position 0) and left-padded generation nothin
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -239,6 +239,7 @@ class GPT(nn.Module):
         self.model = Decoder(config)
         # tied: the embedding is the head, and there is no second name for it anywhere, files included
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.cross_entropy: CrossEntropy = cross_entropy
         roles = self.roles()
         for name, parameter in self.named_parameters():
             init_weight(name, parameter, roles[name], config)
@@ -258,6 +259,12 @@ class GPT(nn.Module):
     def recompute_activations(self, wanted: bool) -> None:
         """Whether training keeps only what enters a block, and computes the rest again in the backward pass."""
         self.model.grad_checkpointing = wanted
+
+    def compile_parts(self, backend: Any = "inductor") -> None:
+        """torch.compile each block, all sharing one graph, and the loss of a chunk of tokens."""
+        for block in self.blocks():
+            block.compile(dynamic=False, backend=backend)
+        self.cross_entropy = torch.compile(cross_entropy, dynamic=True, backend=backend)
 
     def roles(self) -> "dict[str, Role]":
         """What every parameter is for, by name. It looks at modules, not shapes, so it holds for a sharded model."""
@@ -300,8 +307,8 @@ class GPT(nn.Module):
         hidden, weight = (x.to(computed_in(x)) for x in (hidden, self.head_weight))
         hidden, targets = hidden.flatten(0, 1).index_select(0, learnt), labels.flatten().index_select(0, learnt)
         if summed:
-            return SummedNLL.apply(hidden, weight, targets)
-        nll = ChunkedNLL.apply(hidden, weight, targets)
+            return SummedNLL.apply(hidden, weight, targets, self.cross_entropy)
+        nll = ChunkedNLL.apply(hidden, weight, targets, self.cross_entropy)
         return torch.zeros(labels.numel(), device=labels.device).index_copy(0, learnt, nll).view(labels.shape)
 
 
@@ -359,34 +366,47 @@ def fresh_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
 # tokens are larger than all else in a small model, so they are made and dropped a chunk at a time.
 
 
-def softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (tokens, vocabulary) and losses (tokens,), both float32, of logits in any type."""
+class Losses(NamedTuple):
+    nll: Tensor  # float32 (tokens,)
+    gradient: Tensor  # (tokens, vocabulary), of each by its logits: softmax - onehot, in their type
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Losses:
     softmax = logits.softmax(-1, dtype=torch.float32)
     # log of the sum by way of the largest probability, which never is too small to have a logarithm
     log_sum = logits.amax(-1).float() - softmax.amax(-1).log()
-    return softmax, log_sum - logits.gather(1, targets[:, None])[:, 0].float()
+    label = targets[:, None]
+    nll = log_sum - logits.gather(1, label)[:, 0].float()
+    softmax.scatter_add_(1, label, torch.full_like(label, -1.0, dtype=torch.float32))
+    return Losses(nll, softmax.to(logits.dtype))
+
+
+CrossEntropy = Callable[[Tensor, Tensor], Losses]
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """The losses of the single tokens, float32 (tokens,). The backward pass makes each chunk's logits again and turns
-    them into their gradient (softmax - onehot) * g."""
+    """The losses of the single tokens, float32 (tokens,). Their gradients are weighed by what follows, so the backward
+    pass makes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cross_entropy: CrossEntropy
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
+        ctx.cross_entropy = cross_entropy
         nll = torch.empty(len(targets), device=hidden.device)
         for part in chunks(targets, weight):
-            nll[part] = softmax_and_nll(hidden[part] @ weight.T, targets[part])[1]
+            nll[part] = cross_entropy(hidden[part] @ weight.T, targets[part]).nll
         return nll
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         hidden, weight, targets = ctx.saved_tensors
-        gradient = HeadGradient(hidden, weight, targets)
+        gradient = HeadGradient(hidden, weight)
         for part in chunks(targets, weight):
-            softmax = (hidden[part] @ weight.T).softmax(-1, dtype=torch.float32)
-            gradient.add(part, softmax, grad[part, None])
-        return gradient.hidden, gradient.weight.to(weight.dtype), None
+            of_logits = ctx.cross_entropy(hidden[part] @ weight.T, targets[part]).gradient
+            gradient.add(part, of_logits.mul_(grad[part, None]))
+        return gradient.hidden, gradient.weight.to(weight.dtype), None, None
 
 
 class SummedNLL(torch.autograd.Function):
@@ -394,38 +414,38 @@ class SummedNLL(torch.autograd.Function):
     it is made in the forward pass, while the logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cross_entropy: CrossEntropy
+    ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
-        gradient = HeadGradient(hidden, weight, targets) if any(ctx.needs_input_grad) else None
+        gradient = HeadGradient(hidden, weight) if any(ctx.needs_input_grad) else None
         for part in chunks(targets, weight):
-            softmax, nll = softmax_and_nll(hidden[part] @ weight.T, targets[part])
-            total += nll.sum()
+            losses = cross_entropy(hidden[part] @ weight.T, targets[part])
+            total += losses.nll.sum()
             if gradient is not None:
-                gradient.add(part, softmax)
+                gradient.add(part, losses.gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient.hidden, gradient.weight)
             ctx.dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         hidden, weight = ctx.saved_tensors
-        return hidden * grad.to(hidden.dtype), (weight * grad).to(ctx.dtype), None
+        return hidden * grad.to(hidden.dtype), (weight * grad).to(ctx.dtype), None, None
 
 
 class HeadGradient:
     """What a loss's gradient is by the head's input and weight, added up over chunks of tokens."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor):
-        self.inputs = hidden, weight, targets
+    def __init__(self, hidden: Tensor, weight: Tensor):
+        self.inputs = hidden, weight
         self.hidden = torch.empty_like(hidden)
         self.weight = torch.zeros_like(weight, dtype=torch.float32)
 
-    def add(self, part: slice, softmax: Tensor, scale: Tensor | None = None) -> None:
-        """softmax: (tokens, vocabulary) of a chunk, overwritten; scale: (tokens, 1), what follows the losses."""
-        hidden, weight, targets = self.inputs
-        softmax.scatter_add_(1, targets[part, None], softmax.new_full((len(softmax), 1), -1.0))
-        logits = (softmax if scale is None else softmax.mul_(scale)).to(hidden.dtype)
+    def add(self, part: slice, logits: Tensor) -> None:
+        """logits: (tokens, vocabulary), the gradient by a chunk's logits."""
+        hidden, weight = self.inputs
         torch.mm(logits, weight, out=self.hidden[part])
         if self.weight.dtype == logits.dtype:
             self.weight.addmm_(logits.T, hidden[part])

@@ -58,11 +58,10 @@ class Accumulating:
         distributed.use_tensor_cores(self.device, self.dtype)
 
     def set_up_blocks(self) -> None:
-        """What flags ask of the network's blocks, once they are where they stay. Compiled they share one graph."""
+        """What flags ask of the network's blocks, once they are where they stay."""
         self.model.recompute_activations(self.config.grad_checkpointing)
         if self.compiled:
-            for block in self.model.blocks():
-                block.compile(dynamic=False, backend=self.compiler)
+            self.model.compile_parts(self.compiler)
 
     # --- what a way of spreading decides ---
 
