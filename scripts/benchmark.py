@@ -146,7 +146,7 @@ def training_line(start: Start[Any], data: Data, machine: Machine, baseline: boo
     told |= {name: getattr(config, name) for name in same} | {"data": data.train.rows.encoded.fingerprint}
     found = report.line(config.stage, "real tokens", told, turns.timed, objective.unit)
     peak = known_peak(torch.cuda.get_device_name(machine.device), machine.dtype) if on_card(machine) else None
-    report.add_ceiling(found, rates, shape.flops_per_token(0), shape.flops_per_token(start.max_seq_len), peak)
+    report.add_ceiling(found, rates, machine.world.size, shape, start.max_seq_len, peak)
     return found
 
 

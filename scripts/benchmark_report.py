@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataset.workers import usable_cores
+from model import GPTConfig
 from scripts.benchmark_clock import Rates, Timed
 from training.engines import Machine
 
@@ -90,17 +91,20 @@ def speeds(side: Measured) -> list[float]:
     return [tokens / seconds for tokens, seconds in zip(side.tokens, side.seconds, strict=True)]
 
 
-def add_ceiling(found: Line, rates: Rates, product_flops: float, flops: float, peak: float | None) -> None:
-    """Shares of what the products alone would take. product_flops: 6 N a token; flops: attention counted as well."""
-    found.own_rate, found.square_rate = statistics.median(rates.own), statistics.median(rates.square)
+def add_ceiling(found: Line, rates: Rates, ranks: int, shape: GPTConfig, row: int, peak: float | None) -> None:
+    """Shares of what as many ranks would do, were all their time that of matrix products.
+
+    row: tokens, for attention's part in MFU. peak: FLOP/s of one device by its data sheet, where that is known.
+    """
+    own, square = ([ranks * rate for rate in each] for each in (rates.own, rates.square))
+    found.own_rate, found.square_rate = statistics.median(own), statistics.median(square)
+    product_flops = shape.flops_per_token(0)  # 6 N: without tokens to look back at there is no attention
     for side in (found.ours, found.theirs):
         if side is not None:
-            each = speeds(side)
-            side.own_share = statistics.median(s * product_flops / r for s, r in zip(each, rates.own, strict=True))
-            side.square_share = statistics.median(
-                s * product_flops / r for s, r in zip(each, rates.square, strict=True)
-            )
-            side.mfu = side.per_second * flops / peak if peak else None
+            each = [speed * product_flops for speed in speeds(side)]
+            side.own_share = statistics.median(flops / rate for flops, rate in zip(each, own, strict=True))
+            side.square_share = statistics.median(flops / rate for flops, rate in zip(each, square, strict=True))
+            side.mfu = side.per_second * shape.flops_per_token(row) / (ranks * peak) if peak else None
 
 
 # The machine ---------------------------------------------------------------------------------------------------------
