@@ -270,20 +270,29 @@ def on_card(machine: Machine) -> bool:
 def measure(arguments: argparse.Namespace, asked: dict[str, Config], machine: Machine) -> list[report.Line]:
     """Lines in the order of PARTS."""
     several = machine.world.size > 1
-    trained, inputs = [], []
+    trained: list[report.Line] = []
+    inputs: list[report.Line] = []
+
+    def ready(line: report.Line) -> report.Line:
+        if machine.world.rank == 0:
+            print(f"{line.name}: {report.number(line.ours.per_second)} {line.unit}/s", file=sys.stderr, flush=True)
+        return line
+
     for name, config in asked.items():
         start, data = load(config, machine)
         baseline = not arguments.no_baseline and not several  # the other side knows one process only
         if "input" in arguments.stages:
-            inputs += list(input_lines(start, data, machine, baseline))
+            inputs += map(ready, input_lines(start, data, machine, baseline))
         if name in arguments.stages:
-            trained.append(training_line(start, data, machine, baseline, None if several else arguments.profile))
+            profile = None if several else arguments.profile
+            trained.append(ready(training_line(start, data, machine, baseline, profile)))
         gc.collect()
         if on_card(machine):
             wait(machine.device)
             torch.cuda.empty_cache()
-    decoded = "decode" in arguments.stages and not several
-    return [*trained, *(decode_lines(next(iter(asked.values())), machine, arguments) if decoded else ()), *inputs]
+    decoding = "decode" in arguments.stages and not several
+    decoded = decode_lines(next(iter(asked.values())), machine, arguments) if decoding else ()
+    return [*trained, *map(ready, decoded), *inputs]
 
 
 def main(arguments: argparse.Namespace, rest: list[str], config: Config) -> None:

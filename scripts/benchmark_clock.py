@@ -1,6 +1,6 @@
 """The benchmark's clock: sides that do the same work in turn, and a machine's matrix products; seconds and bytes out.
 
-    turns = Turns(device, rates)
+    turns = Turns(device, rates.measure)
     turns.start("ours", build); turns.start("theirs", build)     each built, and its first update made: timed apart
     turns.go_round(step)                                         ours, theirs, and then the machine's own rate
     turns.timed["ours"]                                          Timed(first_seconds, seconds, work, peak_mb)
