@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 from scripts import benchmark
 from scripts import benchmark_report as report
 from scripts.benchmark_baseline import next_token_loss, pad, padded_batches, pair_loss, sequences, their_model
-from scripts.benchmark_clock import products
+from scripts.benchmark_clock import Rates, Timed, Work, products
 from scripts.benchmark_profile import GROUPS, OTHER
 from tests.conftest import TINY as TINY_SHAPE
 from tests.conftest import encoded
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parsed(folder: Path, *flags: Any) -> tuple[Namespace, list[str]]:
     files = ["--data_path", *(folder / name for name in FILES), "--cache_dir", folder / "cache"]
-    shape = ["--dim", 32, *TINY, "--batch_size", 2, "--max_steps", 2, "--prompt_tokens", 8, "--new_tokens", 4]
+    shape = ["--dim", 32, *TINY, "--batch_size", 2, "--max_steps", 1, "--prompt_tokens", 8, "--new_tokens", 4]
     return benchmark.parse([str(word) for word in (*files, *shape, *flags)])
 
 
@@ -145,6 +145,33 @@ def test_their_loss_of_pairs_is_ours(make_model: Any) -> None:
     assert float(theirs.detach()) == pytest.approx(float(total) / batch.n_pairs, rel=1e-4)
 
 
+# From updates to numbers ---------------------------------------------------------------------------------------------
+
+
+def timed(seconds: list[float], tokens: list[float]) -> Timed:
+    return Timed(9.0, seconds, [Work(each, each / 10) for each in tokens], peak_mb=500.0)
+
+
+def test_a_line_has_medians_of_speeds_and_of_ratios_round_by_round() -> None:
+    ours, theirs = timed([1, 2, 1], [100, 100, 120]), timed([1, 4, 1], [50, 100, 100])
+    found = report.line("dpo", "real tokens", {}, {"ours": ours, "theirs": theirs}, "pairs")
+    assert (found.ours.per_second, found.ours.low, found.ours.high) == (100, 50, 120)
+    assert found.ours.weight_per_second == 10 and found.ours.first_seconds == 9 and found.ours.peak_mb == 500
+    assert found.theirs is not None and found.theirs.per_second == 50
+    assert found.ratio == pytest.approx((2, 1.2, 2))
+
+
+def test_a_share_is_six_n_a_token_of_the_rate_of_its_round_over_all_ranks() -> None:
+    shape = GPTConfig(**TINY_SHAPE)
+    found = report.line("pretrain", "real tokens", {}, {"ours": timed([1, 1, 1], [100, 200, 100])})
+    flops = 100 * shape.flops_per_token(0)
+    rates = Rates(products(GPT(shape)), 64, torch.device("cpu"), torch.float32)
+    rates.own, rates.square = [flops, 4 * flops, 2 * flops], [flops] * 3
+    report.add_ceiling(found, rates, 2, shape, 64, 50 * shape.flops_per_token(64))
+    assert found.ours.own_share == pytest.approx(0.25) and found.own_rate == 4 * flops  # shares: 1/2, 1/4, 1/4
+    assert found.ours.square_share == pytest.approx(0.5) and found.ours.mfu == pytest.approx(1.0)
+
+
 # What it says --------------------------------------------------------------------------------------------------------
 
 
@@ -165,8 +192,8 @@ def test_the_json_has_every_part_and_both_sides_of_it(printed: str, folder: Path
             assert all(number > 0 for number in (*side["seconds"], *side["tokens"]))
             assert (side["own_share"] is not None) == (name in STAGES) == (side["square_share"] is not None)
     assert lines["dpo"]["weighed"] == "pairs" and lines["dpo"]["theirs"]["weight_per_second"] > 0
-    assert lines["decode 32 rows, greedy"]["ours"]["tokens"] == [32 * 4, 32 * 4]
-    assert lines["decode 32 rows, sampled"]["theirs"]["tokens"] == [32 * 4, 32 * 4]
+    assert lines["decode 32 rows, greedy"]["ours"]["tokens"] == [32 * 4]
+    assert lines["decode 32 rows, sampled"]["theirs"]["tokens"] == [32 * 4]
 
 
 def test_the_markdown_table_has_the_lines_of_the_other(printed: str) -> None:
