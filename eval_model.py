@@ -24,6 +24,7 @@ import typing
 from functools import partial
 from pathlib import Path
 
+from training.command import slow_imports
 from training.config import SHAPE_FLAGS, Config, Parser, convert, model_folder, plain, rules, stage_of
 from training.names import flags_among, unknown_names
 
@@ -66,11 +67,12 @@ def speak_utf8(stream: typing.TextIO, errors: str | None = "replace") -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from dataset import load_tokenizer
-    from model import load_config, load_pretrained
-    from model.generate import check_arguments
-    from serving import Session
-    from training.distributed import World, pick_device, pick_dtype
+    with slow_imports():
+        from dataset import load_tokenizer
+        from model import load_config, load_pretrained
+        from model.generate import check_arguments
+        from serving import Session
+        from training.distributed import World, pick_device, pick_dtype
 
     # 1. Which folder
     folder = find_folder(arguments)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -27,9 +26,3 @@ class Encoded:
     columns: pa.Table
     report: Report
     fingerprint: str
-
-
-def open_columns(path: Path) -> pa.Table:
-    """An Arrow stream, memory-mapped: nothing of its columns is read before it is asked for."""
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_stream(file).read_all()

@@ -23,7 +23,7 @@ import pyarrow as pa
 import xxhash
 from filelock import FileLock
 
-from dataset.columns import Encoded, Report, open_columns
+from dataset.columns import Encoded, Report
 from dataset.cores import usable_cores
 from dataset.forms import CONVERSATION, PAIR, TEXT, Form, Tokens
 from dataset.progress import Progress
@@ -86,6 +86,12 @@ def encode_parts(
         report = Report(**saved[part] | {name: Counter(saved[part][name]) for name in ("dropped", "cut")})
         encoded[part] = Encoded(open_columns(folder / f"{part}.arrow"), report, f"{key}-{part}")
     return encoded
+
+
+def open_columns(path: Path) -> pa.Table:
+    """An Arrow stream, memory-mapped: nothing of its columns is read before it is asked for."""
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_stream(file).read_all()
 
 
 def fingerprint(paths: list[str], tokenizer: TextTokenizer, rules: Rules, show: bool = True) -> str:
@@ -250,10 +256,13 @@ def build_parts(
     `show`: whether to say how far the reading of much data is; encoding always says it.
     Raises FileNotFoundError, and DataError for a bad row or one of another form.
     """
+    from dataset import loader
+
+    rows: Callable[[Encoded, int, int], Rows] = getattr(loader, form.rows)
     rules = Rules(form, max_seq_len, on_bad_row, val_fraction, part)
     parts = encode_parts(expand_paths(data_path), tokenizer, rules, cache_dir, show)
     return {
-        name: form.rows(encoded, max_seq_len, tokenizer.pad_id) if encoded.report.used else None
+        name: rows(encoded, max_seq_len, tokenizer.pad_id) if encoded.report.used else None
         for name, encoded in parts.items()
     }
 

@@ -9,17 +9,14 @@ so what is wrong with a row is a ValueError here. A new form is a class here and
 """
 
 import json
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from dataset.chat import ROLES, Message, render_chat
-from dataset.columns import Encoded, Report
+from dataset.columns import Report
 from dataset.tokenizer import TextTokenizer
-
-if TYPE_CHECKING:  # it needs torch, which processes that encode do without
-    from dataset.loader import Rows
 
 Value = dict[str, Any]  # a row's JSON object
 
@@ -50,6 +47,7 @@ class Form:
     too_long: ClassVar[str] = "cut, or dropped where no answer is left"  # what becomes of a row over max_seq_len
     token_columns: ClassVar[tuple[str, ...]]  # Arrow columns that are lists of tokens
     other_columns: ClassVar[dict[str, pa.DataType]] = {}
+    rows: ClassVar[str] = "TextRows"  # what packs the columns; by its name in loader.py, which needs torch
 
     def normalise(self, row: Value) -> Value:
         """The row as this form writes it, where the file has another spelling of it that is known by its keys."""
@@ -72,12 +70,6 @@ class Form:
         """The row in tokens, cut to what a packed row holds. None for one that is dropped; drops and cuts are
         counted."""
         raise NotImplementedError
-
-    def rows(self, encoded: Encoded, max_seq_len: int, pad_id: int) -> "Rows":
-        """The columns in packed rows."""
-        from dataset.loader import TextRows
-
-        return TextRows(encoded, max_seq_len, pad_id)
 
 
 class TextForm(Form):
@@ -167,6 +159,7 @@ class PairForm(Form):
     expected = '{"chosen": [messages...], "rejected": [messages...]}'
     token_columns = ("chosen", "rejected")
     other_columns: ClassVar[dict[str, pa.DataType]] = {"prompt": pa.int32()}
+    rows = "PairRows"
 
     def check(self, row: Value) -> Value:
         check_keys(row, self)
@@ -225,11 +218,6 @@ class PairForm(Form):
         count = len(chosen) + len(rejected)
         columns: dict[str, list[int] | int] = {"chosen": chosen, "rejected": rejected, "prompt": len(prompt)}
         return Tokens(columns, count, count - 2 * len(prompt))
-
-    def rows(self, encoded: Encoded, max_seq_len: int, pad_id: int) -> "Rows":
-        from dataset.loader import PairRows
-
-        return PairRows(encoded, max_seq_len, pad_id)
 
 
 TEXT, CONVERSATION, PAIR = TextForm(), ConversationForm(), PairForm()
