@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # it needs torch, which processes that encode do without
 
 Files = str | list[str]
 VERSION = 2  # raise it when the same rows and rules give other columns, so that old caches are left alone
-SPREAD_FROM = 16 << 20  # bytes: starting processes takes seconds, in which one encodes about as much
+SPREAD_FROM = 16 << 20  # bytes: a few seconds of one process; for less, others are not worth starting
 
 
 @dataclass

@@ -42,7 +42,7 @@ class Packing:
 
 def pack(lengths: np.ndarray | list[int], capacity: int, split: bool) -> Packing:
     """Place every document of at least one token. Without `split`, a length over capacity is a ValueError."""
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths = np.maximum(np.asarray(lengths, dtype=np.int64), 0)
     longest = int(lengths.max(initial=0))
     if not split and longest > capacity:
         raise ValueError(f"document {lengths.argmax()} has {longest} tokens, more than a row of {capacity}")
@@ -70,7 +70,8 @@ class Shelf:
     def __init__(self, pieces: np.ndarray, lengths: np.ndarray, capacity: int):
         """Pieces, of which those without a token are left out."""
         self.capacity = capacity
-        order = np.argsort(lengths, kind="stable")
+        # in the smallest type that holds them: NumPy sorts 16 bits by counting, six times as fast as 64
+        order = np.argsort(lengths.astype(np.min_scalar_type(capacity)), kind="stable")
         edges = np.searchsorted(lengths[order], np.arange(1, capacity + 2)).tolist()
         self.stacks: list[list[int]] = [[], *(pieces[order[a:b]].tolist() for a, b in pairwise(edges))]
         self.lengths = sum(1 << length for length, stack in enumerate(self.stacks) if stack)
