@@ -123,3 +123,18 @@ def test_names_that_are_imported_later_are_there(package):
     assert [name for name in package.__all__ if not hasattr(package, name)] == []
     with pytest.raises(ImportError, match="no_such_thing"):
         exec(f"from {package.__name__} import no_such_thing")
+
+
+def test_the_collector_looks_again_after_slow_imports_but_not_at_what_they_made():
+    program = """
+import gc
+from training.command import slow_imports
+try:
+    with slow_imports():
+        assert not gc.isenabled()
+        raise ImportError
+except ImportError:
+    print(gc.isenabled(), gc.get_freeze_count() > 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
