@@ -10,6 +10,8 @@ alone.
 Tool calls that a model writes are shown; nothing here runs them.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import io
@@ -22,18 +24,17 @@ import typing
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from dataset import TextTokenizer, load_tokenizer
-from evaluation import Result, score_file
-from model import GPT, GPTConfig, load_config, load_pretrained
-from model.generate import check_arguments
-from serving import ContextFull, Notice, Sampling, Session
+from training.command import slow_imports
 from training.config import SHAPE_FLAGS, Config, Parser, convert, model_folder, plain, rules, stage_of
-from training.distributed import World, pick_device, pick_dtype
 from training.names import flags_among, unknown_names
-from training.objectives import STAGES
+
+if (
+    typing.TYPE_CHECKING
+):  # imported where they are used: torch takes seconds, and neither --help nor a wrong flag needs it
+    from dataset import TextTokenizer
+    from evaluation import Result
+    from model import GPT, GPTConfig
+    from serving import Notice, Sampling, Session
 
 FOLDER_FLAGS = (*SHAPE_FLAGS, "max_seq_len")  # must agree with the folder's config.json where they are given
 
@@ -66,6 +67,13 @@ def speak_utf8(stream: typing.TextIO, errors: str | None = "replace") -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    with slow_imports():
+        from dataset import load_tokenizer
+        from model import load_config, load_pretrained
+        from model.generate import check_arguments
+        from serving import Session
+        from training.distributed import World, pick_device, pick_dtype
+
     # 1. Which folder
     folder = find_folder(arguments)
     check_shape(arguments, load_config(folder), folder)
@@ -163,6 +171,8 @@ def add_shapes(which: argparse._ArgumentGroup, checked: argparse._ArgumentGroup)
 
 def find_folder(arguments: argparse.Namespace) -> Path:
     """The model folder that the flags mean. Raises FileNotFoundError with what to run or to give."""
+    from training import STAGES
+
     if arguments.model:
         return model_folder(arguments.model, arguments.out_dir)
     out_dir, stage = Path(arguments.out_dir), list(STAGES)[arguments.model_mode]
@@ -220,6 +230,8 @@ def say(text: str) -> None:
 
 def tell(notice: Notice) -> None:
     """What a session has to say beside its answers, in words."""
+    from serving import ContextFull
+
     if isinstance(notice, ContextFull):
         say(f"[context full: the {notice.left_out} oldest messages are left out from here on]")
     elif notice.limit == "max_new_tokens":
@@ -299,6 +311,8 @@ def command(session: Session, line: str) -> None:
 
 def score(model: GPT, tokenizer: TextTokenizer, reference: GPT | None, arguments: argparse.Namespace) -> None:
     """Print what was measured on each file."""
+    from evaluation import score_file
+
     results = []
     for path in arguments.score:
         result = score_file(
@@ -314,6 +328,9 @@ def score(model: GPT, tokenizer: TextTokenizer, reference: GPT | None, arguments
 
 def print_table(results: list[Result]) -> None:
     """One column a file, one line a number."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("", *(Path(result["file"]).name for result in results))
     for column in table.columns[1:]:
         column.justify = "right"

@@ -4,12 +4,15 @@ python train_dpo.py                                                 starts from 
 torchrun --nproc_per_node 2 train_dpo.py --n_layers 16 --dim 768 --batch_size 4 --use_wandb
 """
 
-from training import DPO, DPOConfig, build_engine, train
-from training.reference import fill_reference
-from training.setup import load_data, run_identity, run_stage, start_machine, starting_model
+from training import DPOConfig, run_stage
 
 
 def main(asked: DPOConfig) -> None:
+    # imported once the flags are checked: torch takes seconds, and neither --help nor a wrong flag needs it
+    from training import DPO, build_engine, train
+    from training.reference import fill_reference
+    from training.setup import load_data, run_identity, start_machine, starting_model
+
     # 1. Processes, device, precision
     machine = start_machine(asked)
 

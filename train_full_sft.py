@@ -4,11 +4,14 @@ python train_full_sft.py                                            starts from 
 torchrun --nproc_per_node 2 train_full_sft.py --data_path "./dataset/sft_512.jsonl" --n_layers 16 --dim 768 --use_wandb
 """
 
-from training import NextToken, SFTConfig, build_engine, train
-from training.setup import load_data, run_identity, run_stage, start_machine, starting_model
+from training import SFTConfig, run_stage
 
 
 def main(asked: SFTConfig) -> None:
+    # imported once the flags are checked: torch takes seconds, and neither --help nor a wrong flag needs it
+    from training import NextToken, build_engine, train
+    from training.setup import load_data, run_identity, start_machine, starting_model
+
     # 1. Processes, device, precision
     machine = start_machine(asked)
 

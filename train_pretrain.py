@@ -4,13 +4,16 @@ python train_pretrain.py                                            one process,
 torchrun --nproc_per_node 2 train_pretrain.py --n_layers 16 --dim 768 --use_wandb
 """
 
-import torch
-
-from training import NextToken, PretrainConfig, build_engine, train
-from training.setup import load_data, run_identity, run_stage, start_machine, starting_model
+from training import PretrainConfig, run_stage
 
 
 def main(asked: PretrainConfig) -> None:
+    # imported once the flags are checked: torch takes seconds, and neither --help nor a wrong flag needs it
+    import torch
+
+    from training import NextToken, build_engine, train
+    from training.setup import load_data, run_identity, start_machine, starting_model
+
     # 1. Processes, device, precision
     machine = start_machine(asked)
 

@@ -3,7 +3,7 @@
     encode_files(["corpus.jsonl"], tokenizer, Rules(TEXT, max_seq_len=512), ".cache/seedling")
     -> Encoded(columns=<Arrow table: ids, file, line>, report=Report(read=1000, used=998, ...), fingerprint="3f2a...")
 
-The columns of each part are an Arrow file that Hugging Face `datasets` opens, in a folder named by everything that
+The columns of each part are an Arrow file, which Hugging Face `datasets` opens too, in a folder named by all that
 decides its contents (the files' bytes, tokenizer, template, length, rules below). It is the same file whatever the
 number of processes that encode. Those that want the same folder at once wait for the one that builds it, so no
 collective with a time-out is needed around a long first tokenization.
@@ -17,24 +17,26 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import pyarrow as pa
 import xxhash
 from filelock import FileLock
 
+from dataset.columns import Encoded, Report
+from dataset.cores import usable_cores
 from dataset.forms import CONVERSATION, PAIR, TEXT, Form, Tokens
-from dataset.loader import Encoded, Loader, Report, Rows
 from dataset.progress import Progress
 from dataset.records import Chunk, DataError, Row, expand_paths, read_chunks, read_rows
 from dataset.tokenizer import TextTokenizer
-from dataset.workers import in_order, usable_cores
+from dataset.workers import in_order
+
+if TYPE_CHECKING:  # it needs torch, which processes that encode do without
+    from dataset.loader import Loader, Rows
 
 Files = str | list[str]
 VERSION = 2  # raise it when the same rows and rules give other columns, so that old caches are left alone
-SPREAD_FROM = 16 << 20  # bytes: starting processes takes seconds, in which one encodes about as much
-MOST_WORKERS = 6  # each holds about 0.2 GB, and one process feeds them
+SPREAD_FROM = 16 << 20  # bytes: a few seconds of one process; for less, others are not worth starting
 
 
 @dataclass
@@ -82,8 +84,14 @@ def encode_parts(
     encoded = {}
     for part in rules.parts:
         report = Report(**saved[part] | {name: Counter(saved[part][name]) for name in ("dropped", "cut")})
-        encoded[part] = Encoded(datasets.Dataset.from_file(str(folder / f"{part}.arrow")), report, f"{key}-{part}")
+        encoded[part] = Encoded(open_columns(folder / f"{part}.arrow"), report, f"{key}-{part}")
     return encoded
+
+
+def open_columns(path: Path) -> pa.Table:
+    """An Arrow stream, memory-mapped: nothing of its columns is read before it is asked for."""
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_stream(file).read_all()
 
 
 def fingerprint(paths: list[str], tokenizer: TextTokenizer, rules: Rules, show: bool = True) -> str:
@@ -135,10 +143,10 @@ def build(paths: list[str], tokenizer: TextTokenizer, rules: Rules, folder: Path
 
 
 def write_parts(paths: list[str], tokenizer: TextTokenizer, rules: Rules, folder: Path) -> dict[str, Report]:
-    """Every part as an Arrow file that `datasets` opens; what became of the rows."""
+    """Every part as an Arrow file; what became of the rows."""
     encoder = Encoder(paths, tokenizer, rules)
     chunks = read_chunks(paths, rules.form.expected)
-    workers = min(usable_cores(), MOST_WORKERS) if total_size(paths) >= SPREAD_FROM else 1
+    workers = usable_cores() if total_size(paths) >= SPREAD_FROM else 1
     reports, files = {name: Report() for name in rules.parts}, {}
     with ExitStack() as stack, progress("preparing data", paths) as done:
         spread = closing(in_order(encoder, chunks, workers)) if workers > 1 else nullcontext(map(encoder, chunks))
@@ -177,11 +185,10 @@ class Encoder:
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of all parts, as `datasets` has them."""
-        ids = datasets.List(datasets.Value("uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"))
-        where = {"file": datasets.Value("int16"), "line": datasets.Value("int32")}
+        """Columns of all parts."""
+        ids = pa.list_(pa.uint16() if self.tokenizer.vocab_size <= 1 << 16 else pa.uint32())
         own = dict.fromkeys(self.rules.form.token_columns, ids) | self.rules.form.other_columns
-        return datasets.Features(own | where).arrow_schema
+        return pa.schema(own | {"file": pa.int16(), "line": pa.int32()})
 
     def __call__(self, chunk: Chunk) -> Piece:
         """Raises DataError for a bad row (rules.on_bad_row "stop") and for a file that ends in an error."""
@@ -241,7 +248,7 @@ def build_parts(
     on_bad_row: str = "stop",
     cache_dir: str | Path = ".cache",
     show: bool = True,
-) -> dict[str, Rows | None]:
+) -> "dict[str, Rows | None]":
     """Files -> packed rows of this part and of those that are encoded with it; encoded into the cache first where they
     are new. None where no row is left in a part.
 
@@ -249,10 +256,13 @@ def build_parts(
     `show`: whether to say how far the reading of much data is; encoding always says it.
     Raises FileNotFoundError, and DataError for a bad row or one of another form.
     """
+    from dataset import loader
+
+    rows: Callable[[Encoded, int, int], Rows] = getattr(loader, form.rows)
     rules = Rules(form, max_seq_len, on_bad_row, val_fraction, part)
     parts = encode_parts(expand_paths(data_path), tokenizer, rules, cache_dir, show)
     return {
-        name: form.rows(encoded, max_seq_len, tokenizer.pad_id) if encoded.report.used else None
+        name: rows(encoded, max_seq_len, tokenizer.pad_id) if encoded.report.used else None
         for name, encoded in parts.items()
     }
 
@@ -265,36 +275,38 @@ def build_rows(
     *,
     part: str = "all",
     **settings: Any,
-) -> Rows | None:
+) -> "Rows | None":
     """One part of `build_parts`, which takes the same settings."""
     return build_parts(form, data_path, tokenizer, max_seq_len, part=part, **settings)[part]
 
 
 def build_pretrain_loader(
     data_path: Files, tokenizer: TextTokenizer, max_seq_len: int, batch_size: int, **settings: Any
-) -> Loader:
+) -> "Loader":
     """Packed documents of {"text": ...} rows; settings go to build_rows and Loader."""
     return build_loader(TEXT, data_path, tokenizer, max_seq_len, batch_size, **settings)
 
 
 def build_sft_loader(
     data_path: Files, tokenizer: TextTokenizer, max_seq_len: int, batch_size: int, **settings: Any
-) -> Loader:
+) -> "Loader":
     """Packed conversations; labels stand on assistant turns only."""
     return build_loader(CONVERSATION, data_path, tokenizer, max_seq_len, batch_size, **settings)
 
 
 def build_dpo_loader(
     data_path: Files, tokenizer: TextTokenizer, max_seq_len: int, batch_size: int, **settings: Any
-) -> Loader:
+) -> "Loader":
     """Packed preference pairs, in rows of 2 * max_seq_len. No batch comes before `loader.rows` has a reference."""
     return build_loader(PAIR, data_path, tokenizer, max_seq_len, batch_size, **settings)
 
 
 def build_loader(
     form: Form, data_path: Files, tokenizer: TextTokenizer, max_seq_len: int, batch_size: int, **settings: Any
-) -> Loader:
+) -> "Loader":
     """Raises ValueError where the files hold nothing to learn from."""
+    from dataset.loader import Loader
+
     for_rows = {
         name: settings.pop(name)
         for name in ("part", "val_fraction", "on_bad_row", "cache_dir", "show")

@@ -11,11 +11,11 @@ so what is wrong with a row is a ValueError here. A new form is a class here and
 import json
 from typing import Any, ClassVar, NamedTuple
 
-import datasets
 import numpy as np
+import pyarrow as pa
 
 from dataset.chat import ROLES, Message, render_chat
-from dataset.loader import PairRows, Report, TextRows
+from dataset.columns import Report
 from dataset.tokenizer import TextTokenizer
 
 Value = dict[str, Any]  # a row's JSON object
@@ -46,8 +46,8 @@ class Form:
     expected: ClassVar[str]  # how a row looks
     too_long: ClassVar[str] = "cut, or dropped where no answer is left"  # what becomes of a row over max_seq_len
     token_columns: ClassVar[tuple[str, ...]]  # Arrow columns that are lists of tokens
-    other_columns: ClassVar[dict[str, object]] = {}  # name -> type, as `datasets` has it
-    rows: ClassVar[type[TextRows] | type[PairRows]]  # what packs the columns
+    other_columns: ClassVar[dict[str, pa.DataType]] = {}
+    rows: ClassVar[str] = "TextRows"  # what packs the columns; by its name in loader.py, which needs torch
 
     def normalise(self, row: Value) -> Value:
         """The row as this form writes it, where the file has another spelling of it that is known by its keys."""
@@ -78,7 +78,6 @@ class TextForm(Form):
     expected = '{"text": "..."}'
     too_long = "split, nothing is lost"
     token_columns = ("ids",)
-    rows = TextRows
 
     def check(self, row: Value) -> Value:
         check_keys(row, self)
@@ -106,8 +105,7 @@ class ConversationForm(Form):
     keys = frozenset({"conversations"})
     expected = '{"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
     token_columns = ("ids",)
-    other_columns: ClassVar[dict[str, object]] = {"spans": datasets.List(datasets.Value("int32"))}
-    rows = TextRows
+    other_columns: ClassVar[dict[str, pa.DataType]] = {"spans": pa.list_(pa.int32())}
 
     def normalise(self, row: Value) -> Value:
         """{"messages": ...}, Alpaca's {"instruction": ..., "input": ..., "output": ...} and ShareGPT's
@@ -160,8 +158,8 @@ class PairForm(Form):
     keys = frozenset({"chosen", "rejected"})
     expected = '{"chosen": [messages...], "rejected": [messages...]}'
     token_columns = ("chosen", "rejected")
-    other_columns: ClassVar[dict[str, object]] = {"prompt": datasets.Value("int32")}
-    rows = PairRows
+    other_columns: ClassVar[dict[str, pa.DataType]] = {"prompt": pa.int32()}
+    rows = "PairRows"
 
     def check(self, row: Value) -> Value:
         check_keys(row, self)

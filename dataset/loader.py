@@ -12,53 +12,32 @@ memory-mapped Arrow files; nothing is read before a batch asks for it.
 """
 
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from dataset.batch import IGNORE, Batch, PairBatch
+from dataset.columns import Encoded
 from dataset.pack import Packing, pack
 
 EMPTY_ROW = -1
 ENDLESS = sys.maxsize  # total_rows of a run that counts its steps instead
 
 
-@dataclass
-class Report:
-    """What became of the rows of one part (training or validation)."""
-
-    read: int = 0
-    used: int = 0
-    bad: list[str] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-    cut: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
-    supervised: int = 0
-
-
-@dataclass
-class Encoded:
-    """One part's token columns, its report, and the key that stands for its contents."""
-
-    columns: datasets.Dataset
-    report: Report
-    fingerprint: str
-
-
 class Column:
     """One list column of a memory-mapped Arrow table as numpy slices, not copied: column[i] -> (length of row i,)."""
 
-    def __init__(self, table: datasets.Dataset, name: str):
-        chunks = table.data.column(name).chunks
-        self.values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self.offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
+    def __init__(self, table: pa.Table, name: str):
+        chunks = table.column(name).chunks
+        # not by Arrow's to_numpy, which imports pandas: half a second
+        self.values = [np.from_dlpack(chunk.values) for chunk in chunks]
+        self.offsets = [np.from_dlpack(chunk.offsets) for chunk in chunks]
         self.first = np.cumsum([0] + [len(chunk) for chunk in chunks])
 
     def lengths(self) -> np.ndarray:
@@ -135,7 +114,8 @@ class PairRows:
         self.encoded, self.pad_id = encoded, pad_id
         self.fingerprint = f"{encoded.fingerprint}, prompts once"
         self.sides = [Column(encoded.columns, "chosen"), Column(encoded.columns, "rejected")]
-        self.prompt = np.asarray(encoded.columns.with_format("numpy")["prompt"]).astype(np.int64)
+        chunks = [np.from_dlpack(chunk) for chunk in encoded.columns.column("prompt").chunks]
+        self.prompt = np.concatenate(chunks).astype(np.int64)
         self.shared = np.maximum(self.prompt, 1) - 1  # places of a pair that both answers look back on
         lengths = self.sides[0].lengths() + self.sides[1].lengths() - 2 - self.shared
         self.packing = pack(lengths, 2 * max_seq_len, split=False)

@@ -25,7 +25,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import jinja2
 import numpy as np
 import sentencepiece
 import tokenizers
@@ -50,7 +49,12 @@ TOKENIZER_FILES = (
 
 BREAK = "\x01"  # stands between what must not become one token
 PROBE = "\U000f0000"  # a text to look for in what a template writes
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, AttributeError, LookupError, ArithmeticError)
+DATA_ERRORS = (
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+)  # of a template about a value it does not expect
 
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character inside its pieces
 SPACE_MARK_BYTES = [len(CONTROL_TOKENS) + byte for byte in SPACE_MARK.encode()]
@@ -155,7 +159,7 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text (one thread: `datasets.map` already spreads the work over processes)."""
+        """`encode` of each text (one thread: who encodes much data does so in several processes)."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int], skip_control: bool = True) -> str:
@@ -303,11 +307,13 @@ class HFTokenizer:
                 f"{self.folder}: this tokenizer has no chat template; train with --chat_template chatml (or FILE), "
                 "or add a chat_template.jinja for chat"
             )
+        from jinja2 import TemplateError  # not for our own tokenizer
+
         try:
             return self.hf.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
             )
-        except TEMPLATE_ERRORS as error:  # its own raise_exception, or what it does with a value it does not expect
+        except (TemplateError, *DATA_ERRORS) as error:  # its own raise_exception, or what it trips over
             raise ValueError(
                 f"the chat template of {self.folder} refuses these messages: {str(error) or type(error).__name__}"
             ) from None

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from dataset import DataError, TextTokenizer, render_chat
 from dataset.batch import IGNORE
+from dataset.columns import Report
 from dataset.encode import Rules, encode_row
 from dataset.forms import CONVERSATION, TEXT
-from dataset.loader import Report, supervise
+from dataset.loader import supervise
 from dataset.records import Row, form_of, read_rows
 from evaluation.health import answer_ids, health
 from model import GPT

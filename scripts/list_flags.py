@@ -23,7 +23,7 @@ CHANGED = {"refuse": "refused", "note": "noted", "free": ""}  # what a resume do
 HEAD = """\
 # Flags
 
-<!-- Written by `python scripts/list_flags.py` from training/config.py and training/objectives.py; change it there. -->
+<!-- Written by `python scripts/list_flags.py` from training/config.py and training/stages.py; change it there. -->
 
 Of `train_pretrain.py`, `train_full_sft.py` and `train_dpo.py`: the same on the command line and, without dashes, in a
 YAML file given with `--config`; the command line wins. Switches take `true` or `false`, and alone mean `true`; `none`

@@ -7,12 +7,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a network
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import datasets
+import pyarrow as pa
 import pytest
 import torch
 
 from dataset import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
-from dataset.encode import Encoded, Report
+from dataset.columns import Encoded, Report
 from model import GPT, GPTConfig
 from tests.helpers import CORES, run_on
 
@@ -44,16 +44,14 @@ def spread_weights(model: torch.nn.Module, seed: int = 0) -> None:
 
 def encoded(**columns: list) -> Encoded:
     """Columns as `encode_files` makes them, in two chunks where there is more than one row."""
-    ids = datasets.List(datasets.Value("uint16"))
-    kinds = {"spans": datasets.List(datasets.Value("int32")), "prompt": datasets.Value("int32")}
-    features = datasets.Features({name: kinds.get(name, ids) for name in columns})
+    kinds = {"spans": pa.list_(pa.int32()), "prompt": pa.int32()}
+    schema = pa.schema({name: kinds.get(name, pa.list_(pa.uint16())) for name in columns})
     rows = len(next(iter(columns.values())))
     halves = [slice(0, rows // 2), slice(rows // 2, rows)] if rows > 1 else [slice(0, 1)]
     parts = [
-        datasets.Dataset.from_dict({name: values[half] for name, values in columns.items()}, features=features)
-        for half in halves
+        pa.RecordBatch.from_pydict({name: values[half] for name, values in columns.items()}, schema) for half in halves
     ]
-    return Encoded(datasets.concatenate_datasets(parts), Report(used=rows), "made by hand")
+    return Encoded(pa.Table.from_batches(parts), Report(used=rows), "made by hand")
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import dataset
+import training
 from tests.helpers import ROOT
 
 ENTRIES = {"train_pretrain", "train_full_sft", "train_dpo", "eval_model"}
@@ -90,3 +92,49 @@ assert not torch.distributed.is_initialized()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
     assert {path for path in ROOT.glob("*") if path.name != ".pytest_cache"} == before
+
+
+SLOW = ("torch", "transformers", "datasets", "pandas", "matplotlib", "deepspeed", "wandb")
+
+
+@pytest.mark.parametrize("name", sorted(ENTRIES))
+def test_help_and_a_wrong_flag_wait_for_no_slow_import(name, tmp_path):
+    """In one fresh process for each script: the status of both, and what was imported by then."""
+    program = f"""
+import runpy, sys
+script = sys.argv[1]
+for flags in (["--help"], ["--batch_sise", "4"]):
+    sys.argv = [script, *flags]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print(end.code, [name for name in {SLOW} if name in sys.modules])
+"""
+    command = [sys.executable, "-c", program, str(ROOT / f"{name}.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    ends = [line for line in done.stdout.splitlines() if line.endswith("]") and line[0] in "02"]
+    assert ends == ["0 []", "2 []"], done.stderr
+    assert "usage: " in done.stdout and "did you mean --batch_size?" in done.stderr
+
+
+@pytest.mark.parametrize("package", [dataset, training], ids=lambda package: package.__name__)
+def test_names_that_are_imported_later_are_there(package):
+    assert [name for name in package.__all__ if not hasattr(package, name)] == []
+    with pytest.raises(ImportError, match="no_such_thing"):
+        exec(f"from {package.__name__} import no_such_thing")
+
+
+def test_the_collector_looks_again_after_slow_imports_but_not_at_what_they_made():
+    program = """
+import gc
+from training.command import slow_imports
+try:
+    with slow_imports():
+        assert not gc.isenabled()
+        raise ImportError
+except ImportError:
+    print(gc.isenabled(), gc.get_freeze_count() > 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.stderr) == ("True True\n", "")

@@ -1,9 +1,24 @@
 """The one loop, objectives (what is optimised), engines (how it is spread), checkpoints, metrics and config."""
 
+from typing import TYPE_CHECKING
+
+from dataset.later import later
+from training.command import run_stage
 from training.config import load_config
-from training.engines import build_engine
-from training.loop import train
-from training.objectives import DPO, STAGES, DPOConfig, NextToken, PretrainConfig, SFTConfig
+from training.stages import DPOConfig, PretrainConfig, SFTConfig
+
+if TYPE_CHECKING:
+    from training.engines import build_engine
+    from training.loop import train
+    from training.objectives import DPO, STAGES, NextToken
+else:  # they need torch, which takes a second to import; flags are checked without it
+    __getattr__ = later(
+        {
+            "training.engines": ("build_engine",),
+            "training.loop": ("train",),
+            "training.objectives": ("DPO", "STAGES", "NextToken"),
+        }
+    )
 
 __all__ = [
     "DPO",
@@ -14,5 +29,6 @@ __all__ = [
     "SFTConfig",
     "build_engine",
     "load_config",
+    "run_stage",
     "train",
 ]

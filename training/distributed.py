@@ -5,7 +5,6 @@ LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them there is one process. What
 gradients (sums, any value, a barrier) is here too, and costs one process nothing.
 """
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -16,7 +15,6 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -24,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from dataset.workers import usable_cores
+from dataset.cores import usable_cores
 
 FIRST_CONTACT = 120.0  # seconds for all ranks to meet; a missing one is an error then, not a silent hang
 
@@ -164,36 +162,7 @@ def cpu_threads(world: World) -> int:
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list has a number for each nested level
     if given.isdecimal() and int(given) and not (given == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         return int(given)
-    # rounded down: threads wait for each other, and all would wait for one that the quota holds back
-    return max(1, int(min(usable_cores(), cpu_quota())) // world.local_size)
-
-
-def cpu_quota(root: Path = Path("/")) -> float:
-    """Cores that the control groups of this process (a container's) let it use; infinite where they set no limit."""
-    quota = math.inf
-    memberships = root / "proc/self/cgroup"
-    for line in memberships.read_text().splitlines() if memberships.is_file() else []:
-        _, controllers, group = line.split(":", 2)  # version 2 names no controllers
-        top = root / "sys/fs/cgroup" / controllers
-        folder = top / group.lstrip("/")
-        # a limit above holds as well; within a container the path may be the host's, and only the top be there
-        for level in (folder, *folder.parents):
-            quota = min(quota, group_quota(level))
-            if level == top:
-                break
-    return quota
-
-
-def group_quota(folder: Path) -> float:
-    """Cores one control group may use: `cpu.max` holds "200000 100000" in version 2, two files in version 1."""
-    with contextlib.suppress(OSError, ValueError):  # "max 100000" and -1 are no limit
-        if (folder / "cpu.max").is_file():
-            used, period = map(int, (folder / "cpu.max").read_text().split())
-        else:
-            used, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        if used > 0:
-            return used / period
-    return math.inf
+    return max(1, usable_cores() // world.local_size)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

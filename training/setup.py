@@ -10,8 +10,6 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import xxhash
-from rich.console import Console
-from rich.table import Table
 
 from dataset import DEFAULT_TOKENIZER, Loader, build_parts, load_tokenizer
 from dataset.loader import ENDLESS, Rows, describe, fitting
@@ -22,7 +20,8 @@ from model.folder import folder_weights
 from model.folder import load_config as load_model_config
 from model.gpt import fresh_weights
 from training import distributed
-from training.config import SHAPE_FLAGS, ChatConfig, Config, load_config, model_folder, rules
+from training.command import run_stage as run_stage  # where tools look for it
+from training.config import SHAPE_FLAGS, ChatConfig, Config, model_folder, rules
 from training.distributed import World
 from training.engines import Machine, Weights, engine_name
 from training.objectives import STAGES
@@ -32,14 +31,10 @@ STOPPED = "stopped by Ctrl-C; the same command begins again, or goes on from the
 FOREIGN_ROW = 2048  # tokens a row, at most, that a model made elsewhere starts with unasked
 
 
-def run_stage(main: Callable[[Any], None], cls: type[Config], about: str | None = None) -> None:
-    """Parse flags and call main; what a user did wrong, or the system does not allow, is one line and not a traceback.
-    Exits with 2 then, and with 130 after Ctrl-C.
-
-    about: what --help begins with, where a script is no stage but takes a stage's flags.
-    """
+def run(main: Callable[[C], None], asked: C) -> None:
+    """Call main; see `run_stage`, which does so once the flags are checked."""
     try:
-        main(load_config(cls, about=about))
+        main(asked)
     except KeyboardInterrupt:
         leave(STOPPED, 130)
     except (ValueError, OSError, RuntimeError) as error:
@@ -240,6 +235,9 @@ def remarks(config: Config, batch_size: int, update: int, val: Rows | None) -> I
 
 
 def print_table(parts: dict[str, Rows | None]) -> None:
+    from rich.console import Console  # on one rank alone
+    from rich.table import Table
+
     header, lines, notes = describe(parts)
     table = Table(*header)
     for column in table.columns[1:]:

@@ -94,8 +94,8 @@ def test_preferences_supervise_the_tokens_that_tuning_does(
     rejected = [*messages[:-1], {"role": "assistant", "content": "another"}]
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": messages, "rejected": rejected}])
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"conversations": messages}, {"conversations": rejected}])
-    pair = encode_files([str(pairs)], family, Rules(PAIR, 512), tmp_path).columns[0]
-    rows = encode_files([str(chats)], family, Rules(CONVERSATION, 512), tmp_path).columns
+    pair = encode_files([str(pairs)], family, Rules(PAIR, 512), tmp_path).columns.to_pylist()[0]
+    rows = encode_files([str(chats)], family, Rules(CONVERSATION, 512), tmp_path).columns.to_pylist()
     for side, row in zip(("chosen", "rejected"), rows, strict=True):
         assert pair[side] == row["ids"]
         assert (pair["prompt"], len(pair[side])) == tuple(row["spans"][-2:])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.pack import Packing, pack
+from dataset.pack import FULL_ENOUGH, Packing, pack
 
 LENGTHS = st.lists(st.integers(0, 70), max_size=80)
 CAPACITY = st.integers(1, 40)
@@ -18,6 +18,30 @@ def pieces(packing: Packing) -> list[list[tuple[int, int, int]]]:
     every = list(zip(packing.document.tolist(), packing.start.tolist(), packing.length.tolist(), strict=True))
     edges = packing.offsets.tolist()
     return [every[a:b] for a, b in pairwise(edges)]
+
+
+def packed_one_by_one(lengths: list[int], capacity: int, split: bool) -> list[list[tuple[int, int, int]]]:
+    """The same rows, a piece at a time: of those that fit the longest, and of these the one that was put there last."""
+    rows, shelf = [], []
+    for document, length in enumerate(lengths):
+        whole = length // capacity * capacity if length > capacity else 0
+        rows += [[(document, start, capacity)] for start in range(0, whole, capacity)]
+        shelf += [(document, whole, length - whole)] if length > whole else []
+    while shelf:
+        row, room = [], capacity
+        while fitting := [piece for piece in shelf if piece[2] <= room]:
+            longest = max(length for _, _, length in fitting)
+            row.append([piece for piece in fitting if piece[2] == longest][-1])
+            shelf.remove(row[-1])
+            room -= longest
+        if split and shelf and room > (1 - FULL_ENOUGH) * capacity:
+            shortest = min(length for _, _, length in shelf)
+            document, start, length = [piece for piece in shelf if piece[2] == shortest][-1]
+            shelf.remove((document, start, length))
+            row.append((document, start, room))
+            shelf.append((document, start + room, length - room))
+        rows.append(row)
+    return rows
 
 
 def check(lengths: list[int], capacity: int, packing: Packing) -> None:
@@ -51,6 +75,17 @@ def test_the_same_lengths_give_the_same_rows(lengths, capacity):
     given_array = before.copy()
     assert pieces(pack(given_array, capacity, split=True)) == pieces(pack(lengths, capacity, split=True))
     assert np.array_equal(given_array, before)
+
+
+FEW_LENGTHS = st.lists(st.sampled_from([1, 2, 3, 5, 8, 13, 21]), max_size=120)  # whose rows are alike
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS | FEW_LENGTHS, CAPACITY)
+def test_rows_that_are_alike_are_those_made_one_by_one(lengths, capacity):
+    assert pieces(pack(lengths, capacity, split=True)) == packed_one_by_one(lengths, capacity, split=True)
+    short = [min(length, capacity) for length in lengths]
+    assert pieces(pack(short, capacity, split=False)) == packed_one_by_one(short, capacity, split=False)
 
 
 def test_the_example_of_the_module():

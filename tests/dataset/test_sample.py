@@ -17,8 +17,8 @@ from types import ModuleType
 import pytest
 
 from dataset import DEFAULT_TOKENIZER, load_tokenizer
+from dataset.columns import Report
 from dataset.encode import Rules, encode_row
-from dataset.loader import Report
 from dataset.records import read_rows
 from tests.helpers import FORM_OF
 

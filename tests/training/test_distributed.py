@@ -1,13 +1,12 @@
 """A process's place among its peers."""
 
-import math
 import os
 import time
 
 import pytest
 import torch
 
-from training.distributed import Silence, World, cpu_quota, cpu_threads, pick_device
+from training.distributed import Silence, World, cpu_threads, pick_device
 
 
 @pytest.mark.parametrize(
@@ -117,40 +116,11 @@ def test_a_cpu_gets_the_threads_of_omp_num_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    ("groups", "files", "cores"),
-    [
-        (None, {}, math.inf),
-        ("0::/", {}, math.inf),
-        ("0::/", {"cpu.max": "150000 100000"}, 1.5),  # a container sees itself as the top
-        ("0::/", {"cpu.max": "max 100000"}, math.inf),
-        ("0::/pod/app", {"pod/cpu.max": "200000 100000", "pod/app/cpu.max": "max 100000"}, 2),
-        ("0::/pod/app", {"pod/cpu.max": "400000 100000", "pod/app/cpu.max": "50000 100000"}, 0.5),
-        (
-            "4:cpu,cpuacct:/docker/1a\n3:memory:/docker/1a",  # the host's path, and only the top to be seen
-            {"cpu,cpuacct/cpu.cfs_quota_us": "300000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
-            3,
-        ),
-        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
-        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "no number", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
-    ],
-)
-def test_the_quota_of_a_container_is_read_in_both_versions(tmp_path, groups, files, cores):
-    if groups is not None:
-        (tmp_path / "proc/self").mkdir(parents=True)
-        (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
-    for name, content in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content + "\n")
-    assert cpu_quota(tmp_path) == cores
-
-
 def test_threads_keep_within_the_quota(monkeypatch):
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("training.distributed.cpu_quota", lambda: 0.5)
+    monkeypatch.setattr("dataset.cores.cpu_quota", lambda: 0.5)
     assert cpu_threads(World()) == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    monkeypatch.setattr("training.distributed.cpu_quota", lambda: 4.7)
+    monkeypatch.setattr("dataset.cores.cpu_quota", lambda: 4.7)
     assert (cpu_threads(World()), cpu_threads(World(local_size=2))) == (4, 2)

@@ -1,0 +1,56 @@
+"""The flags of each stage, beside those that all share. What each optimises, of which rows: STAGES in objectives.py.
+
+Nothing here needs torch, so that a command line is checked before anything is imported that takes seconds.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from training.config import SAMPLE, ChatConfig, Config, flag
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(Config):
+    """Next-token training on plain text."""
+
+    stage: ClassVar[str] = "pretrain"
+    chats: ClassVar[bool] = False
+    data_path: list[str] = flag([f"{SAMPLE}/pretrain.jsonl"], like="data_path")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(ChatConfig):
+    """Supervised fine-tuning on conversations; the loss stands on the assistant's turns only."""
+
+    stage: ClassVar[str] = "full_sft"
+    previous: ClassVar[str | None] = "pretrain"
+    data_path: list[str] = flag([f"{SAMPLE}/sft.jsonl"], like="data_path")
+    learning_rate: float = flag(5e-4, like="learning_rate")
+    epochs: float = flag(2.0, like="epochs")
+
+
+@dataclass(kw_only=True)
+class DPOConfig(ChatConfig):
+    """Direct preference optimization on pairs of answers."""
+
+    stage: ClassVar[str] = "dpo"
+    previous: ClassVar[str | None] = "full_sft"
+    data_path: list[str] = flag([f"{SAMPLE}/dpo.jsonl"], like="data_path")
+    batch_size: int = flag(
+        4, "rows a process a micro-batch; a row is 2 * max_seq_len wide and holds whole pairs", like="batch_size"
+    )
+    learning_rate: float = flag(1e-5, like="learning_rate")
+    weight_decay: float = flag(0.0, like="weight_decay")
+    eval_answers: int = flag(16, like="eval_answers")
+    beta: float = flag(
+        0.1, "DPO: strength of the pull towards the reference (larger: closer)", "preference", above=0, resume="refuse"
+    )
+    loss_type: Literal["sigmoid"] = flag("sigmoid", "DPO's loss", "preference", resume="refuse")
+    nll_weight: float = flag(
+        0.0,
+        "how much of the chosen answer's mean negative log-likelihood is added to a pair's loss, so that what is "
+        "preferred is also kept likely (RPO); 1 is a good start where answers suffer",
+        "preference",
+        at_least=0,
+        resume="refuse",
+    )
