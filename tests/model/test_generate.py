@@ -56,7 +56,9 @@ def test_samples_follow_the_distribution_of_transformers(settings, processors):
     logits = 2 * torch.randn(1, 12, generator=torch.Generator().manual_seed(4))
     expected = LogitsProcessorList(processors)(torch.zeros(1, 1, dtype=torch.long), logits).softmax(-1)[0]
     full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
-    tokens = sample(logits.expand(draws, -1), **full, generator=torch.Generator().manual_seed(5))
+    tokens = sample(
+        logits.expand(draws, -1), **full, uniform=torch.rand(draws, 1, generator=torch.Generator().manual_seed(5))
+    )
     found = torch.bincount(tokens.flatten(), minlength=12) / draws
     assert not found[expected == 0].any()
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()
