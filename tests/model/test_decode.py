@@ -121,3 +121,9 @@ def test_other_types_fall_back_to_the_ordinary_linear_layer(make_model):
     model = make_model().double()
     answers = generate(model, PROMPTS, max_new_tokens=8, temperature=0)
     assert [answer.ids for answer in answers] == [greedy_without_cache(model, prompt, 8) for prompt in PROMPTS]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph: needs a GPU")
+def test_a_recorded_step_gives_the_same_text(make_model):
+    expected = generate(make_model(), PROMPTS, max_new_tokens=20, temperature=0, stop_ids=[3])
+    assert generate(make_model().cuda(), PROMPTS, max_new_tokens=20, temperature=0, stop_ids=[3]) == expected
