@@ -2,7 +2,6 @@
 
 Every kernel takes (rows, sequence, heads, head_dim), the keys and values of fewer heads, and gives the same shape back:
 
-    cache            the plain formula under a mask: `scaled_dot_product_attention`
     CPU              `attend_in_blocks`: blocks of queries, each with the keys before it, many documents at once
     CUDA, 16 bits    `attend_varlen`: FlashAttention over documents of any length
     elsewhere        the plain formula under the mask of `visible`, to which the two above are held by tests

@@ -3,8 +3,7 @@
     generate(model, [[1, 71, 905], [1, 88]], max_new_tokens=2, temperature=0)
     -> [Generation(ids=[12, 9], finish_reason="length"), Generation(ids=[40], finish_reason="stop")]
 
-Prompts of different lengths are padded on the left. A pad has position 0, which makes it a document of its own that
-the prompt never looks at, so no attention mask has to be passed around.
+Prompts of any lengths stand in one batch, and rows that have finished leave it; neither changes any answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.gpt import GPT, KVCache
+from model.decode import CachedGPT
+from model.gpt import GPT
+
+LEAVE = 0.75  # finished rows leave when so few of the batch are left: leaving costs a copy of the others' cache
 
 
 @dataclass
@@ -45,32 +47,34 @@ def stream(
     fills the context, or a sampling setting out of range.
     """
     check_arguments(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-    device = next(model.parameters()).device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     room = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
-    ids, positions = left_pad(prompts, device)
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        seen[row, list(prompt)] = True
-    cache = KVCache(model.config, len(prompts), ids.shape[1] + max(room), device, next(model.parameters()).dtype)
-    finished = [False] * len(prompts)
+    network = CachedGPT(model, prompts, max(len(prompt) + more for prompt, more in zip(prompts, room, strict=True)))
+    # what a row of the batch needs; rows leave it when they have finished
+    rows = list(range(len(prompts)))  # which prompt each answers
+    draws = uniforms(len(prompts), max(room), seed).to(network.device)
+    seen = seen_tokens(prompts, model.config.vocab_size).to(network.device)
+    logits = network.prefill()
     for step in range(max(room)):
         with torch.inference_mode():
-            logits = model(ids, positions, cache=cache)[:, -1].float()
-            logits = penalise_repetition(logits, seen, repetition_penalty)
-            if vocab_size is not None:
-                logits[:, vocab_size:] = -torch.inf
-            ids = sample(logits, temperature, top_k, top_p, generator)
+            scores = penalise_repetition(logits.float(), seen, repetition_penalty)[:, :vocab_size]
+            ids = sample(scores, temperature, top_k, top_p, draws[:, step : step + 1])
             seen.scatter_(1, ids, True)
-            positions = positions[:, -1:] + 1
-        tokens = ids[:, 0].tolist()
-        yield [None if done else token for done, token in zip(finished, tokens, strict=True)]
-        finished = [
-            done or token in stop_ids or step + 1 >= limit
-            for done, token, limit in zip(finished, tokens, room, strict=True)
-        ]
-        if all(finished):
+        answered: list[int | None] = [None] * len(prompts)
+        going_on = []
+        for place, (row, token) in enumerate(zip(rows, ids[:, 0].tolist(), strict=True)):
+            if room[row]:
+                answered[row] = token
+                room[row] = 0 if token in stop_ids else room[row] - 1
+            if room[row]:
+                going_on.append(place)
+        yield answered
+        if not going_on:
             return
+        if len(going_on) <= len(rows) * LEAVE:
+            network.keep(going_on)
+            rows = [rows[place] for place in going_on]
+            ids, draws, seen = ids[going_on], draws[going_on], seen[going_on]
+        logits = network.step(ids[:, 0])
 
 
 def generate(
@@ -118,15 +122,21 @@ def check_arguments(
             raise ValueError(f"{name} is {value}; it must be {expected}")
 
 
-def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and positions, each (prompts, longest); pads are id 0 at position 0."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    positions = torch.zeros_like(ids)
+def uniforms(rows: int, steps: int, seed: int | None) -> Tensor:
+    """Numbers in [0, 1) to draw by, (rows, steps). A row's depend on the seed and its place in the batch alone, so that
+    an answer is the same whatever the other prompts are, and on whatever device."""
+    if seed is None:
+        return torch.rand(rows, steps)
+    seeds = torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(each)) for each in seeds])
+
+
+def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+    """Whether each token is in each prompt: bool (prompts, vocabulary)."""
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        positions[row, longest - len(prompt) :] = torch.arange(len(prompt))
-    return ids.to(device), positions.to(device)
+        seen[row, list(prompt)] = True
+    return seen
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -136,17 +146,24 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row: (batch, vocabulary) -> (batch, 1). top_p is nucleus sampling (arXiv:1904.09751)."""
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+    """One token a row: (batch, vocabulary), (batch, 1) in [0, 1) -> (batch, 1). top_p is nucleus sampling
+    (arXiv:1904.09751). The token is where the running sum of probabilities passes `uniform` (inverse transform
+    sampling), so a draw costs one random number."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    candidates = None
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        logits, candidates = logits.topk(top_k)  # the likeliest first
+    elif top_p < 1:
+        logits, candidates = logits.sort(descending=True)
+    probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
         # dropped: tokens whose more likely neighbours already hold top_p; the first is always kept
         dropped = probabilities.cumsum(-1) - probabilities >= top_p
-        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        probabilities = probabilities.masked_fill(dropped, 0)
+    running = probabilities.cumsum(-1)
+    # a millionth below the sum, which rounding could reach otherwise: an impossible token would be drawn
+    target = uniform * running[:, -1:] * (1 - 1e-6)
+    drawn = torch.searchsorted(running, target, right=True)
+    return drawn if candidates is None else candidates.gather(1, drawn)

@@ -8,7 +8,7 @@ RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), rotary positions (Su et al. 2
 attention (Ainslie et al. 2023, arXiv:2305.13245), SwiGLU (Shazeer 2020, arXiv:2002.05202), and optionally Qwen3's
 RMSNorm on queries and keys. Parameters carry Hugging Face's names and rotary layout, so saving is no conversion.
 The one tensor `position_ids` tells everything about packing: attention never looks across a position 0, which makes
-padding (single-token documents of position 0) and left-padded generation nothing special.
+padding (single-token documents of position 0) nothing special. Generation has a forward pass of its own (decode.py).
 """
 
 import math
@@ -77,41 +77,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, each (layers, batch, kv_heads, max_len, head_dim)."""
-
-    def __init__(self, config: GPTConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
-        assert config.head_dim is not None
-        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.documents = torch.zeros((batch, max_len), device=device, dtype=torch.long)
-        self.length = 0
-
-    def mask(self, position_ids: Tensor) -> Tensor:
-        """Take in the new tokens' positions; which cached and new tokens each may see: (batch, 1, new, seen + new)."""
-        start, end = self.length, self.length + position_ids.shape[1]
-        before = self.documents[:, start - 1 : start] if start else 0
-        self.documents[:, start:end] = before + (position_ids == 0).cumsum(-1)
-        self.length = end
-        return document_mask(self.documents[:, start:end], self.documents[:, :end])
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this layer's new keys and values, (batch, kv_heads, new, head_dim); all of them come back."""
-        start = self.length - k.shape[2]
-        self.keys[layer, :, :, start : self.length] = k
-        self.values[layer, :, :, start : self.length] = v
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
-
-
-def document_mask(query_documents: Tensor, key_documents: Tensor) -> Tensor:
-    """Same document and not later: (batch, queries), (batch, keys) -> bool (batch, 1, queries, keys).
-
-    The queries are the last of the keys.
-    """
-    queries, keys = query_documents.shape[1], key_documents.shape[1]
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=query_documents.device).tril(keys - queries)
-    return ((query_documents[:, :, None] == key_documents[:, None, :]) & causal)[:, None]
+def document_mask(documents: Tensor) -> Tensor:
+    """Same document and not later: (batch, sequence) -> bool (batch, 1, sequence, sequence)."""
+    causal = torch.ones(documents.shape[1], documents.shape[1], dtype=torch.bool, device=documents.device).tril()
+    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
 
 
 @dataclass
@@ -121,7 +90,6 @@ class Shared:
     cos: Tensor
     sin: Tensor
     attention: Context
-    cache: KVCache | None
 
 
 class Attention(nn.Module):
@@ -148,9 +116,6 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, shared.cos, shared.sin), apply_rotary(k, shared.cos, shared.sin)
-        if shared.cache is not None:
-            k, v = shared.cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2))
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
         return self.o_proj(attend(q, k, v, shared.attention).reshape(batch, sequence, -1))
 
 
@@ -195,11 +160,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.grad_checkpointing = False
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None, layout: Layout | None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None, layout: Layout | None) -> Tensor:
         x = self.embed_tokens(input_ids)
-        shared = self.shared(input_ids, position_ids, cache, layout)
+        shared = self.shared(input_ids, position_ids, layout)
         for block in self.layers:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, shared, use_reentrant=False)
@@ -207,21 +170,13 @@ class Decoder(nn.Module):
                 x = block(x, shared)
         return self.norm(x)
 
-    def shared(
-        self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None, layout: Layout | None
-    ) -> Shared:
+    def shared(self, input_ids: Tensor, position_ids: Tensor | None, layout: Layout | None) -> Shared:
         config = self.config
-        dropout = config.dropout if self.training else 0.0
-        if cache is None:
-            heads = (config.n_heads, config.n_kv_heads)
-            context = prepare(layout, position_ids, heads, computed_in(self.embed_tokens.weight), dropout)
+        heads, dropout = (config.n_heads, config.n_kv_heads), config.dropout if self.training else 0.0
+        attention = prepare(layout, position_ids, heads, computed_in(self.embed_tokens.weight), dropout)
         if position_ids is None:
-            start = cache.length if cache is not None else 0
-            position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
-            position_ids = position_ids.expand_as(input_ids)
-        if cache is not None:
-            context = Context(dropout, cache.mask(position_ids))
-        return Shared(*rotary(position_ids, config), context, cache)
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        return Shared(*rotary(position_ids, config), attention)
 
 
 def computed_in(weight: Tensor) -> torch.dtype:
@@ -279,7 +234,6 @@ class GPT(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        cache: KVCache | None = None,
         *,
         layout: Layout | None = None,
         learnt: Tensor | None = None,
@@ -294,12 +248,11 @@ class GPT(nn.Module):
             labels: (batch, sequence), already shifted (labels[i] is the token after input_ids[i]), -100 where
                 nothing is to be learnt. The result is then -log p(label), nats, float32 (batch, sequence), 0 at
                 ignored places; the logits are made and dropped a chunk of tokens at a time.
-            cache: earlier tokens' keys and values; input_ids are the tokens after them.
             layout: where the documents lie that position_ids tell of: it changes no number, but the time.
             learnt: int64 (supervised,), the places of the rows laid end to end that have a label; else looked for.
             summed: give the sum of the losses, a scalar, whose gradient is made without a second head product.
         """
-        hidden = self.model(input_ids, position_ids, cache, layout)
+        hidden = self.model(input_ids, position_ids, layout)
         if labels is None:
             return F.linear(hidden, self.head_weight)
         if learnt is None:

@@ -23,7 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from dataset.workers import usable_cores
+from dataset.cores import usable_cores
 from model import GPTConfig
 from scripts.benchmark_clock import Rates, Timed
 from training.engines import Machine

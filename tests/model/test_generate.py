@@ -1,5 +1,7 @@
 """Sampling: batches, caches and padding change nothing, settings mean what transformers' mean."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from transformers.generation.logits_process import (
@@ -11,6 +13,7 @@ from transformers.generation.logits_process import (
 )
 
 from model import Generation, generate, stream
+from model.decode import CachedGPT
 from model.generate import penalise_repetition, sample
 
 PROMPTS = [[5, 9, 2, 40, 7, 11, 30], [3], [60, 1, 4]]
@@ -56,10 +59,37 @@ def test_samples_follow_the_distribution_of_transformers(settings, processors):
     logits = 2 * torch.randn(1, 12, generator=torch.Generator().manual_seed(4))
     expected = LogitsProcessorList(processors)(torch.zeros(1, 1, dtype=torch.long), logits).softmax(-1)[0]
     full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
-    tokens = sample(logits.expand(draws, -1), **full, generator=torch.Generator().manual_seed(5))
+    tokens = sample(
+        logits.expand(draws, -1), **full, uniform=torch.rand(draws, 1, generator=torch.Generator().manual_seed(5))
+    )
     found = torch.bincount(tokens.flatten(), minlength=12) / draws
     assert not found[expected == 0].any()
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])  # the ends of what torch.rand gives
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.8), (0.3, 0, 1.0)])
+def test_no_random_number_draws_the_impossible(uniform, settings):
+    logits = torch.full((1, 6400), -torch.inf)
+    logits[0, [17, 800, 6300]] = torch.tensor([1.0, 3.0, 2.0])
+    token = sample(logits, *settings, uniform=torch.tensor([[uniform]])).item()
+    assert token in ({800, 6300} if settings[1] or settings[2] < 1 else {17, 800, 6300})
+
+
+def test_texts_have_the_probabilities_the_model_gives_them(make_model):
+    """Pearson's chi-square over all texts of two tokens, each row drawing by its own numbers."""
+    model, rows = make_model(vocab_size=8), 4000
+    with torch.no_grad():
+        first = model(torch.tensor([[1, 2]]))[0, -1].div(2).softmax(-1)
+        second = model(torch.tensor([[1, 2, token] for token in range(8)]))[:, -1].div(2).softmax(-1)
+    expected = (first[:, None] * second).flatten() * rows
+    answers = generate(model, [[1, 2]] * rows, max_new_tokens=2, temperature=2.0, seed=3)
+    found = torch.bincount(torch.tensor([a.ids[0] * 8 + a.ids[1] for a in answers]), minlength=64)
+    common = expected >= 5
+    assert common.sum() > 20
+    statistic, freedom = ((found - expected)[common] ** 2 / expected[common]).sum(), int(common.sum())
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    assert found[~common].sum() < expected[~common].sum() + 4 * expected[~common].sum().sqrt() + 1
 
 
 def test_repetition_penalty_is_that_of_transformers():
@@ -123,6 +153,35 @@ def test_one_seed_gives_one_text(make_model):
     model = make_model()
     texts = [generate(model, PROMPTS, max_new_tokens=12, seed=seed, temperature=2.0) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_answer_does_not_depend_on_the_other_prompts(make_model):
+    model = make_model()
+    settings = {"temperature": 1.5, "seed": 5}
+    free = generate(model, PROMPTS, max_new_tokens=20, **settings)
+    assert generate(model, PROMPTS[:1], max_new_tokens=20, **settings) == free[:1]
+    assert generate(model, [[9, 9, 9, 9], PROMPTS[1]], max_new_tokens=20, **settings)[1] == free[1]
+    assert [a.ids[:7] for a in free] == [a.ids for a in generate(model, PROMPTS, max_new_tokens=7, **settings)]
+    same = generate(model, PROMPTS[:1] * 3, max_new_tokens=20, **settings)
+    assert len({tuple(answer.ids) for answer in same}) == 3  # places draw by different numbers
+
+
+@pytest.mark.parametrize("temperature", [0, 2.0])
+def test_finished_rows_leave_the_batch_and_no_answer_changes(make_model, monkeypatch, temperature):
+    model = make_model()
+    prompts = [[row, row + 1] for row in range(12)]
+    settings = {"max_new_tokens": 30, "temperature": temperature, "seed": 1, "stop_ids": [3, 10, 41]}
+    settings["repetition_penalty"] = 1.3
+    left = []
+    keep = CachedGPT.keep
+    monkeypatch.setattr(CachedGPT, "keep", lambda self, rows: (left.append(len(rows)), keep(self, rows)))
+    answers = generate(model, prompts, **settings)
+    assert len(left) > 1 and left == sorted(left, reverse=True)
+    for row in (0, 4, 11):
+        assert generate(model, prompts[: row + 1], **settings)[row] == answers[row]
+    monkeypatch.setattr(import_module("model.generate"), "LEAVE", 0)
+    assert generate(model, prompts, **settings) == answers
+    assert len({answer.finish_reason for answer in answers}) == 2
 
 
 def test_a_seed_leaves_the_global_random_state_alone(make_model):

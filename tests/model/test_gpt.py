@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import model.gpt
 from model import GPT, GPTConfig
 from model.config import default_ffn_dim
-from model.gpt import IGNORE, KVCache, Role, fresh_weights
+from model.gpt import IGNORE, Role, fresh_weights
 
 DOCUMENTS = [[5, 9, 2, 40, 7], [3, 3, 8], [60, 1, 4, 4, 4, 12]]
 
@@ -137,24 +137,6 @@ def test_dropout_acts_in_training_alone(make_model):
     ids = torch.tensor([DOCUMENTS[0]])
     assert torch.equal(network(ids), make_model()(ids))
     assert not torch.allclose(network.train()(ids), make_model()(ids))
-
-
-@pytest.mark.parametrize("pieces", [[14], [1] * 14, [5, 1, 8]])
-def test_a_cache_changes_no_logit(make_model, pieces):
-    network = make_model()
-    ids, positions = packed_row(DOCUMENTS)
-    cache = KVCache(network.config, 1, 14, torch.device("cpu"), torch.float32)
-    parts = zip(ids.split(pieces, 1), positions.split(pieces, 1), strict=True)
-    cached = torch.cat([network(part, places, cache=cache) for part, places in parts], 1)
-    torch.testing.assert_close(cached, network(ids, positions), atol=1e-5, rtol=1e-5)
-
-
-def test_a_cache_counts_positions_by_itself(make_model):
-    network = make_model()
-    ids = torch.tensor([DOCUMENTS[2]])
-    cache = KVCache(network.config, 1, 6, torch.device("cpu"), torch.float32)
-    cached = torch.cat([network(part, cache=cache) for part in ids.split(2, 1)], 1)
-    torch.testing.assert_close(cached, network(ids), atol=1e-5, rtol=1e-5)
 
 
 # What parameters are for ----------------------------------------------------------------------------------------

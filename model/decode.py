@@ -1,0 +1,206 @@
+"""Tokens in, next token's logits out, without computing anything twice: the network over a key-value cache.
+
+    decoder = CachedGPT(model, [[1, 71, 905], [1, 88]], capacity=64)
+    decoder.prefill()          (2, vocabulary): what follows each prompt
+    decoder.step(ids)          (2, vocabulary): what follows each prompt and its ids, one new token a row
+    decoder.keep([1])          from here on the batch is its second row alone
+
+It reads the weights of a `GPT` when it is made, and computes what `GPT.forward` would for the whole sequences; that
+forward pass is its plain twin. What is different, and why:
+
+- A token's place in the cache is its position, whatever the lengths of the prompts, so nothing is padded: prompts go
+  through the matrices end to end, and only attention sees them side by side.
+- The cache is allocated once and written in place. On a GPU all shapes stay the same from step to step, so that a step
+  is recorded once as a CUDA graph and replayed.
+- Queries that share a key are given to attention as if they were a sequence, so that keys are never expanded.
+- On a CPU, oneDNN's linear layer reads a matrix about twice as fast as `F.linear`, which asks BLAS. For a batch the
+  matrices are laid out for it first.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model.gpt import GPT, Block, apply_rotary, rotary
+
+# not cuDNN's attention: it makes a plan for every shape it meets
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WINDOW = 64  # on a CPU, attention reads the cache up to a multiple of this: few shapes, little in vain
+
+
+class Matrices(NamedTuple):
+    """A block's weights, each (out, in), as `linear` takes them."""
+
+    qkv: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class CachedGPT:
+    """A batch of sequences that grow by one token a row and step.
+
+    Args:
+        model: its weights are read now; changes made later may or may not be seen. Dropout is never applied.
+        prompts: token ids, at least one each.
+        capacity: most tokens a row may have; one that is full goes on, overwriting its last token.
+        static: whether shapes stay the same from step to step. None: on a GPU.
+    """
+
+    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], capacity: int, static: bool | None = None) -> None:
+        config, head = model.config, model.head_weight
+        assert config.head_dim is not None
+        self.model, self.prompts, self.capacity, self.head_dim = model, prompts, capacity, config.head_dim
+        self.device, self.dtype = head.device, head.dtype
+        self.static = self.device.type == "cuda" if static is None else static
+        self.linear = onednn_linear if onednn_fits(head) else F.linear
+        # one row of float32 gains too little from another layout to pay for the copies
+        packed = self.linear is onednn_linear and (len(prompts) > 1 or self.dtype != torch.float32)
+        with torch.inference_mode():
+            self.blocks = cast(list[Block], model.blocks())
+            self.matrices = [matrices(block, len(prompts) if packed else 0) for block in self.blocks]
+            self.head = laid_out(head, len(prompts)) if packed else head
+            places = torch.arange(capacity, device=self.device)[None]
+            self.cos, self.sin = (table[0, :, 0].to(self.dtype) for table in rotary(places, config))
+            shape = (config.n_layers, len(prompts), config.n_kv_heads, capacity, config.head_dim)
+            self.keys, self.values = (torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+        self.lengths = [len(prompt) for prompt in prompts]  # tokens in the cache
+        self.set_rows()
+
+    def set_rows(self) -> None:
+        """What a step reads and writes, for the rows there are."""
+        with torch.inference_mode():
+            self.positions = torch.tensor(self.lengths, device=self.device)  # of the tokens that come next
+            self.ids = torch.zeros_like(self.positions)
+        self.logits = torch.empty(0)
+        self.replay: Callable[[], None] | None = None
+
+    def prefill(self) -> Tensor:
+        """Take in the prompts: logits of what follows each, (rows, vocabulary)."""
+        with torch.inference_mode(), sdpa_kernel(BACKENDS):
+            ids = torch.tensor([token for prompt in self.prompts for token in prompt], device=self.device)
+            lengths = self.positions
+            rows = torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths)
+            ends = lengths.cumsum(0)
+            positions = torch.arange(len(ids), device=self.device) - (ends - lengths)[rows]
+            longest = max(self.lengths)
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                self.keys[layer, rows, :, positions] = k
+                self.values[layer, rows, :, positions] = v
+                beside = q.new_zeros(len(lengths), longest, *q.shape[1:])  # padded on the right, which no one looks at
+                beside[rows, positions] = q
+                keys, values = self.keys[layer, :, :, :longest], self.values[layer, :, :, :longest]
+                out = F.scaled_dot_product_attention(
+                    beside.transpose(1, 2), keys, values, is_causal=True, enable_gqa=True
+                )
+                return out.transpose(1, 2)[rows, positions]
+
+            return self.linear(self.hidden(ids, positions, attend)[ends - 1], self.head)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Take in one token a row, (rows,): logits of what follows, (rows, vocabulary), valid until the next step."""
+        with torch.inference_mode(), sdpa_kernel(BACKENDS):
+            self.ids.copy_(ids)
+            if self.replay is None:
+                self.replay = recorded(self.forward) if self.static and self.device.type == "cuda" else self.forward
+            self.replay()
+            self.positions.add_(1).clamp_(max=self.capacity - 1)
+        self.lengths = [min(length + 1, self.capacity) for length in self.lengths]
+        return self.logits
+
+    def forward(self) -> None:
+        """`ids` at `positions` -> `logits`. It may be run again: the same places of the cache are written."""
+        rows, used = len(self.lengths), max(self.lengths) + 1
+        window = self.capacity if self.static else min(self.capacity, -(-used // WINDOW) * WINDOW)
+        unseen = torch.arange(window, device=self.device) > self.positions[:, None]
+        mask = torch.zeros(rows, window, device=self.device, dtype=self.dtype).masked_fill_(unseen, -torch.inf)
+        mask = mask[:, None, None]
+        place = self.positions[:, None, None, None].expand(-1, self.keys.shape[2], 1, self.head_dim)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys[layer].scatter_(2, place, k[:, :, None])
+            self.values[layer].scatter_(2, place, v[:, :, None])
+            keys, values = self.keys[layer, :, :, :window], self.values[layer, :, :, :window]
+            q = q.view(rows, keys.shape[1], -1, self.head_dim)  # heads that share a key stand together
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+        self.logits = self.linear(self.hidden(self.ids, self.positions, attend), self.head)
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Final hidden states (tokens, dim) of tokens (tokens,). `attend` takes a layer and its q, k, v, each
+        (tokens, heads, head_dim), and gives each token's (tokens, ...) of as many numbers as q."""
+        cos, sin = self.cos[positions, None], self.sin[positions, None]
+        x = F.embedding(ids, self.model.model.embed_tokens.weight)
+        for layer, (block, weights) in enumerate(zip(self.blocks, self.matrices, strict=True)):
+            qkv = self.linear(block.input_layernorm(x), weights.qkv).view(len(ids), -1, self.head_dim)
+            kv_heads = self.keys.shape[2]
+            qk, v = qkv[:, :-kv_heads], qkv[:, -kv_heads:]
+            if block.self_attn.qk_norm:
+                q, k = block.self_attn.q_norm(qk[:, :-kv_heads]), block.self_attn.k_norm(qk[:, -kv_heads:])
+                qk = torch.cat((q, k), 1)
+            qk = apply_rotary(qk, cos, sin)
+            out = attend(layer, qk[:, :-kv_heads], qk[:, -kv_heads:], v)
+            x = x + self.linear(out.reshape(len(ids), -1), weights.o)
+            h = block.post_attention_layernorm(x)
+            h = F.silu(self.linear(h, weights.gate), inplace=True).mul_(self.linear(h, weights.up))
+            x = x + self.linear(h, weights.down)
+        return self.model.model.norm(x)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other rows; `rows` ascend."""
+        used = max(self.lengths[row] for row in rows)
+        with torch.inference_mode():
+            for new, old in enumerate(rows):
+                if new != old:
+                    self.keys[:, new, :, :used] = self.keys[:, old, :, :used]
+                    self.values[:, new, :, :used] = self.values[:, old, :, :used]
+            self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.set_rows()
+
+
+def matrices(block: Block, rows: int) -> Matrices:
+    """A block's weights: laid out for batches of so many rows, or (0) as they are."""
+    attention, mlp = block.self_attn, block.mlp
+    qkv = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+    found = (qkv, attention.o_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+    return Matrices(*(laid_out(weight, rows) if rows else weight for weight in found))
+
+
+def onednn_fits(weight: Tensor) -> bool:
+    """Whether torch was built with oneDNN, and it multiplies this type here."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def laid_out(weight: Tensor, rows: int) -> Tensor:
+    """A copy in the order in which oneDNN reads it fastest, for `onednn_linear` alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear by oneDNN. These are the operators that torch.compile's CPU backend uses."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """Record a step as a CUDA graph, and give what replays it. It runs thrice here, so it must be repeatable."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # libraries make their workspaces in the first runs, which cannot be recorded
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
