@@ -73,6 +73,7 @@ class TextRows:
         self.spans = Column(encoded.columns, "spans") if "spans" in encoded.columns.column_names else None
         # a document of n tokens has n - 1 pairs of input and label
         self.packing = pack(self.ids.lengths() - 1, max_seq_len, split=self.spans is None)
+        self.most_pieces = int(np.diff(self.packing.offsets).max(initial=0))  # in one row
 
     def __len__(self) -> int:
         return len(self.packing)
@@ -90,7 +91,7 @@ class TextRows:
         ends = np.union1d(laid.ends, row_ends(shape))  # what is left of a row is a sequence of padding
         return Batch(
             **tensors(laid, learnt, shape, self.pad_id),
-            cu_seqlens=cumulative(ends, shape[0] * (self.packing.most_pieces + 1)),
+            cu_seqlens=cumulative(ends, shape[0] * (self.most_pieces + 1)),
             longest=shape[1],
             row_ids=list(row_ids),
             real_tokens=len(laid.places),
@@ -119,6 +120,7 @@ class PairRows:
         self.shared = np.maximum(self.prompt, 1) - 1  # places of a pair that both answers look back on
         lengths = self.sides[0].lengths() + self.sides[1].lengths() - 2 - self.shared
         self.packing = pack(lengths, 2 * max_seq_len, split=False)
+        self.most_pieces = int(np.diff(self.packing.offsets).max(initial=0))  # in one row
         shared = np.add.reduceat(self.shared[self.packing.document], self.packing.offsets[:-1])
         self.most_shared = int(shared.max(initial=0))
 
@@ -160,7 +162,7 @@ class PairRows:
         tokens[places[::-1]] = np.arange(len(places))[::-1]  # of several, the first
         return PairBatch(
             **tensors(laid, learnt, shape, self.pad_id),
-            cu_seqlens=cumulative(lengths.cumsum(), shape[0] * (2 * self.packing.most_pieces + 1)),
+            cu_seqlens=cumulative(lengths.cumsum(), shape[0] * (2 * self.most_pieces + 1)),
             longest=shape[1],
             places=torch.from_numpy(fixed(places, shape[0] * (shape[1] + self.most_shared), 0)),
             tokens=torch.from_numpy(tokens),

@@ -35,11 +35,6 @@ class Packing:
         return len(self.offsets) - 1
 
     @property
-    def most_pieces(self) -> int:
-        """In one row."""
-        return int(np.diff(self.offsets).max(initial=0))
-
-    @property
     def efficiency(self) -> float:
         """Share of all places that hold a real token."""
         return float(self.length.sum()) / max(1, len(self) * self.capacity)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import datasets
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,14 +77,15 @@ def pad(items: list[list[Sequence]]) -> Padded:
     return Padded(padded(list(ids)), mask, padded(list(labels), padding_value=IGNORE), real, len(items))
 
 
-def padded_batches(columns: datasets.Dataset, max_seq_len: int, places: int, seed: int) -> Iterator[Padded]:
+def padded_batches(columns: pa.Table, max_seq_len: int, places: int, seed: int) -> Iterator[Padded]:
     """Without end, in a random order: as many documents (or pairs) a batch as fit into `places` when padded."""
     generator = torch.Generator().manual_seed(seed)
     batch: list[list[Sequence]] = []
     longest = 0
     while True:
         for i in torch.randperm(len(columns), generator=generator).tolist():
-            item = sequences(columns[i], max_seq_len)
+            (row,) = columns.slice(i, 1).to_pylist()
+            item = sequences(row, max_seq_len)
             width = max(longest, *(len(ids) for ids, _ in item))
             if batch and width * len(item) * (len(batch) + 1) > places:
                 yield pad(batch)

@@ -16,14 +16,14 @@ from torch.profiler import ProfilerActivity, profile
 from scripts.benchmark_clock import Work, wait
 
 GROUPS = {
-    "attention": r"scaled_dot_product|flash_attn|flash_attention|efficient_attention",
-    "matrix products": r"^aten::(mm|addmm|bmm|baddbmm|linear|matmul|mv)\b|mkldnn",
-    "loss": r"nll|NLL|softmax|logsumexp|cross_entropy|logsigmoid|log_sigmoid",
+    "matrix products": r"^aten::(mm|addmm_?|linear|mv)$|mkldnn",
+    "loss": r"nll|NLL|log_softmax|logsumexp|cross_entropy|logsigmoid|log_sigmoid",
+    "attention": r"scaled_dot_product|flash_attn|flash_attention|efficient_attention|varlen|bmm|softmax",
     "optimizer": r"Optimizer\.|adam|muon|clip_grad|_foreach|linalg_vector_norm|unscale",
     "copies": r"copy|clone|contiguous|Memcpy|Memset|^aten::(cat|stack|to|embedding|index|gather|scatter|masked_|fill"
     r"|zero|empty|nonzero)",
     "norm and elementwise": r"^aten::",
-}  # in order: a product within attention is attention's, one within the loss is a matrix product
+}  # in order: a product within the loss is a matrix product; those of many matrices are attention's
 OTHER = "other"
 
 

@@ -43,6 +43,7 @@ class Measured:
     weight_per_second: float  # in the objective's unit
     seconds: list[float]  # of every update that counts
     tokens: list[float]
+    weights: list[float]
     peak_mb: float | None = None  # MiB, without what the other side keeps
     first_seconds: float | None = None  # until it is built and its first update made
     own_share: float | None = None  # 6 N operations a token, of the rate of the model's own products
@@ -66,11 +67,13 @@ class Line:
 
 
 def measured(timed: Timed, model: bool) -> Measured:
-    speeds = [work.tokens / seconds for work, seconds in zip(timed.work, timed.seconds, strict=True)]
-    weights = [work.weight / seconds for work, seconds in zip(timed.work, timed.seconds, strict=True)]
+    tokens, weights = [work.tokens for work in timed.work], [work.weight for work in timed.work]
+    by_tokens, by_weight = (
+        [done / seconds for done, seconds in zip(each, timed.seconds, strict=True)] for each in (tokens, weights)
+    )
     return Measured(
-        statistics.median(speeds), min(speeds), max(speeds), statistics.median(weights), timed.seconds,
-        [work.tokens for work in timed.work], *((timed.peak_mb, timed.first_seconds) if model else ()),
+        statistics.median(by_tokens), min(by_tokens), max(by_tokens), statistics.median(by_weight), timed.seconds,
+        tokens, weights, *((timed.peak_mb, timed.first_seconds) if model else ()),
     )  # fmt: skip
 
 
@@ -81,14 +84,17 @@ def line(
     sides = {side: measured(each, model) for side, each in timed.items()}
     found = Line(name, unit, shape, sides["ours"], sides.get("theirs"), weighed)
     if found.theirs is not None:
-        pairs = zip(speeds(found.ours), speeds(found.theirs), strict=True)
+        pairs = zip(speeds(found.ours, bool(weighed)), speeds(found.theirs, bool(weighed)), strict=True)
         ratios = [ours / theirs for ours, theirs in pairs]
         found.ratio = statistics.median(ratios), min(ratios), max(ratios)
     return found
 
 
-def speeds(side: Measured) -> list[float]:
-    return [tokens / seconds for tokens, seconds in zip(side.tokens, side.seconds, strict=True)]
+def speeds(side: Measured, weighed: bool = False) -> list[float]:
+    """Of each update, by tokens or by weight: a pair's tokens are fewer where its prompt is there once."""
+    return [
+        done / seconds for done, seconds in zip(side.weights if weighed else side.tokens, side.seconds, strict=True)
+    ]
 
 
 def add_ceiling(found: Line, rates: Rates, ranks: int, shape: GPTConfig, row: int, peak: float | None) -> None:

@@ -118,7 +118,7 @@ def test_their_loss_of_padded_documents_is_ours_of_packed_ones(
     rows = TextRows(encoded(ids=ids, **({} if spans is None else {"spans": spans})), 96, 0)  # 74 places: none is split
     batch = rows.collate(list(range(len(rows))))
     total, _ = NextToken()(Output(ours(batch.input_ids, batch.position_ids, batch.labels)), batch)
-    padded = pad([sequences(rows.encoded.columns[i], 96) for i in range(len(ids))])
+    padded = pad([sequences(row, 96) for row in rows.encoded.columns.to_pylist()])
     theirs = next_token_loss(their_twin(ours), None, padded, DPOConfig())
     assert padded.real_tokens == batch.real_tokens
     assert float(theirs.detach()) == pytest.approx(float(total.detach()) / batch.supervised, rel=1e-5)
@@ -139,9 +139,9 @@ def test_their_loss_of_pairs_is_ours(make_model: Any) -> None:
     with torch.no_grad():
         batch.reference = answer_logps(Output(before(batch.input_ids, batch.position_ids, batch.labels)), batch)
         total, _ = DPO(config.beta)(Output(ours(batch.input_ids, batch.position_ids, batch.labels)), batch)
-    padded = pad([sequences(rows.encoded.columns[i], 64) for i in range(rows.n_pairs)])
+    padded = pad([sequences(row, 64) for row in rows.encoded.columns.to_pylist()])
     theirs = pair_loss(their_twin(ours), their_twin(before), padded, config)
-    assert padded.items == batch.n_pairs and padded.real_tokens == batch.real_tokens
+    assert padded.items == batch.n_pairs and padded.real_tokens == batch.real_tokens + rows.shared.sum()
     assert float(theirs.detach()) == pytest.approx(float(total) / batch.n_pairs, rel=1e-4)
 
 

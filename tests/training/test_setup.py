@@ -270,12 +270,12 @@ def test_to_skip_bad_rows_at_a_resume_is_no_other_data_where_no_row_was_bad(load
 
 def test_without_a_held_out_part_all_rows_are_learnt(load, tmp_path):
     part, whole = load(here()), load(here(), val_fraction=0.0)
-    assert whole.val is None and whole.rows == [whole.train.rows] and len(part.rows) == 2
+    assert whole.val is None and whole.parts == [whole.train] and len(part.parts) == 2
     used = [loader.rows.encoded.report.used for loader in (whole.train, part.train, part.val)]
     assert used[0] == 60 == used[1] + used[2] and used[2] > 0
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": "one"}, {"text": "two"}])
     both = load(here(), val_path=[str(other)])
-    assert [rows.encoded.report.used for rows in both.rows] == [60, 2]
+    assert [loader.rows.encoded.report.used for loader in both.parts] == [60, 2]
 
 
 def test_the_table_is_printed_once(load, capsys):
