@@ -11,6 +11,7 @@ ways are told by a `Layout` where documents lie, so they leave that out.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from model.config import GPTConfig
 
 # torch 2.12 lets queries share keys in the kernel; before, every query head is given its own copy
 VARLEN_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -69,6 +72,8 @@ def visible(position_ids: Tensor) -> Tensor:
 class Context:
     """What attention needs beside queries, keys and values; made once a forward pass, the same for all layers."""
 
+    cos: Tensor  # float32 (rows, sequence, 1, head_dim / 2), of every position's angles
+    sin: Tensor
     dropout: float = 0.0
     mask: Tensor | None = None  # bool (rows, 1, queries, keys)
     layout: Layout | None = None  # for the kernel of any length
@@ -76,29 +81,73 @@ class Context:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v over what each place sees."""
+    """Queries and keys turned by their positions, then softmax(q k^T / sqrt(head_dim)) v over what each place sees."""
     if context.blocks is not None:
-        return attend_in_blocks(q, k, v, context.blocks, context.dropout)
+        return attend_in_blocks(q, k, v, context, context.blocks)
+    q, k = (apply_rotary(x, context.cos, context.sin) for x in (q, k))
     if context.layout is not None:
         return attend_varlen(q, k, v, context.layout)
     return attend_masked(q, k, v, context.mask, context.dropout)
 
 
 def prepare(
-    layout: Layout | None, position_ids: Tensor | None, heads: tuple[int, int], dtype: torch.dtype, dropout: float
+    ids: Tensor,
+    position_ids: Tensor | None,
+    layout: Layout | None,
+    shape: GPTConfig,
+    dtype: torch.dtype,
+    dropout: float,
 ) -> Context:
-    """The way to take for a batch without a cache. Without a layout it is the mask of `visible`; without positions
-    every row is one document.
-
-    heads: of queries, and of keys.
-    """
+    """The way to take for a batch. Without a layout it is the mask of `visible`; without positions every row is one
+    document. dtype: of queries and keys."""
+    plain = position_ids is None
     if position_ids is None:
-        return Context(dropout)
-    if layout is not None and has_varlen(position_ids.device, dtype, dropout):
-        return Context(layout=layout)
-    if layout is not None and position_ids.device.type == "cpu":
-        return Context(dropout, blocks=plan_blocks(layout, *heads))
-    return Context(dropout, visible(position_ids))
+        position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+    turns = rotary(position_ids, shape)
+    if plain:
+        return Context(*turns, dropout)
+    if layout is not None and has_varlen(ids.device, dtype, dropout):
+        return Context(*turns, layout=layout)
+    if layout is not None and ids.device.type == "cpu":
+        return Context(*turns, dropout, blocks=plan_blocks(layout, shape.n_heads, shape.n_kv_heads))
+    return Context(*turns, dropout, visible(position_ids))
+
+
+# Positions ------------------------------------------------------------------------------------------------------
+
+
+def rope_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
+    """Angle a position turns each pair of channels by, radians: (head_dim / 2,)."""
+    assert config.head_dim is not None
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    inv_freq = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        return inv_freq / scaling["factor"]
+    if scaling.get("rope_type") == "llama3":
+        # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those between blended
+        original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = original * inv_freq / (2 * math.pi)  # whole turns within the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * inv_freq + (1 - kept) * inv_freq / factor
+    return inv_freq
+
+
+def rotary(position_ids: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, float32, each (batch, sequence, 1, head_dim / 2)."""
+    angles = position_ids[:, :, None, None].float() * rope_frequencies(config, position_ids.device)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn (batch, sequence, heads, head_dim); channel i is paired with i + head_dim / 2 (Hugging Face's layout)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# The plain formula ----------------------------------------------------------------------------------------------
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -206,22 +255,26 @@ def causal_bias(size: int, first: int, shared: int) -> Tensor:
 
 
 @torch.compiler.disable  # shapes follow the documents: nothing to gain from a graph for each
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, dropout: float) -> Tensor:
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, context: Context, blocks: Blocks) -> Tensor:
     """Exact attention at the cost of what is seen, in float32 whatever comes in."""
     kv_heads, width = k.shape[2:]
+    cos, sin = context.cos.flatten(0, 1), context.sin.flatten(0, 1)
 
-    def table(x: Tensor) -> Tensor:
-        """A row for every head of keys and place."""
-        return x.flatten(0, 1).unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(0, 1).flatten(1).float()
+    def table(x: Tensor, turned: bool, scale: float = 1.0) -> Tensor:
+        """A row for every head of keys and place, turned on the way."""
+        x = x.flatten(0, 1).unflatten(1, (kv_heads, -1)).transpose(0, 1).float()
+        x = apply_rotary(x, cos * scale, sin * scale) if turned else x
+        return x.reshape(-1, x.shape[2] * width)
 
     counts = [(group.count, *group.bias.shape[1:]) for group in blocks.groups]
     shared = q.shape[2] // kv_heads
-    rows_asked = table(q * width**-0.5).index_select(0, blocks.queries)
-    rows_seen = [table(x).index_select(0, blocks.keys).split([n * keys for n, _, keys in counts]) for x in (k, v)]
-    asked = rows_asked.split([n * queries // shared for n, queries, _ in counts])
+    rows = (table(k, turned=True), table(v, turned=False))
+    seen = [each.index_select(0, blocks.keys).split([n * keys for n, _, keys in counts]) for each in rows]
+    asked = table(q, turned=True, scale=width**-0.5).index_select(0, blocks.queries)
+    asked = asked.split([n * queries // shared for n, queries, _ in counts])
     results = []
-    for (count, queries, keys), group, qs, ks, vs in zip(counts, blocks.groups, asked, *rows_seen, strict=True):
+    for (count, queries, keys), group, qs, ks, vs in zip(counts, blocks.groups, asked, *seen, strict=True):
         scores = torch.baddbmm(group.bias, qs.view(count, queries, width), ks.view(count, keys, width).transpose(1, 2))
-        probabilities = F.dropout(scores.softmax(-1), dropout)
+        probabilities = F.dropout(scores.softmax(-1), context.dropout)
         results.append(torch.bmm(probabilities, vs.view(count, keys, width)).view(-1, shared * width))
     return torch.cat(results).index_select(0, blocks.results).view(q.shape).to(q.dtype)

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.gpt import GPT, Block, apply_rotary, rotary
+from model.attention import apply_rotary, rotary
+from model.gpt import GPT, Block
 
 # not cuDNN's attention: it makes a plan for every shape it meets
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -13,7 +13,6 @@ padding (single-token documents of position 0) nothing special. Generation has a
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -46,52 +45,6 @@ class RMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
-def rope_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
-    """Angle a position turns each pair of channels by, radians: (head_dim / 2,)."""
-    assert config.head_dim is not None
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    inv_freq = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling or {}
-    if scaling.get("rope_type") == "linear":
-        return inv_freq / scaling["factor"]
-    if scaling.get("rope_type") == "llama3":
-        # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those between blended
-        original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = original * inv_freq / (2 * math.pi)  # whole turns within the original context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return kept * inv_freq + (1 - kept) * inv_freq / factor
-    return inv_freq
-
-
-def rotary(position_ids: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, float32, each (batch, sequence, 1, head_dim / 2)."""
-    angles = position_ids[:, :, None, None].float() * rope_frequencies(config, position_ids.device)
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (batch, sequence, heads, head_dim); channel i is paired with i + head_dim / 2 (Hugging Face's layout)."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """Same document and not later: (batch, sequence) -> bool (batch, 1, sequence, sequence)."""
-    causal = torch.ones(documents.shape[1], documents.shape[1], dtype=torch.bool, device=documents.device).tril()
-    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
-
-
-@dataclass
-class Shared:
-    """What every layer needs beside the hidden states; computed once a forward pass."""
-
-    cos: Tensor
-    sin: Tensor
-    attention: Context
-
-
 class Attention(nn.Module):
     """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
 
@@ -109,14 +62,13 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, sequence, _ = x.shape
         # the number of heads is read off the projections, so that a tensor-parallel slice of them works unchanged
         q, k, v = (proj(x).view(batch, sequence, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, shared.cos, shared.sin), apply_rotary(k, shared.cos, shared.sin)
-        return self.o_proj(attend(q, k, v, shared.attention).reshape(batch, sequence, -1))
+        return self.o_proj(attend(q, k, v, context).reshape(batch, sequence, -1))
 
 
 class MLP(nn.Module):
@@ -144,8 +96,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), shared))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), context))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -162,21 +114,14 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None, layout: Layout | None) -> Tensor:
         x = self.embed_tokens(input_ids)
-        shared = self.shared(input_ids, position_ids, layout)
+        dropout = self.config.dropout if self.training else 0.0
+        context = prepare(input_ids, position_ids, layout, self.config, computed_in(self.embed_tokens.weight), dropout)
         for block in self.layers:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, shared, use_reentrant=False)
+                x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, shared)
+                x = block(x, context)
         return self.norm(x)
-
-    def shared(self, input_ids: Tensor, position_ids: Tensor | None, layout: Layout | None) -> Shared:
-        config = self.config
-        heads, dropout = (config.n_heads, config.n_kv_heads), config.dropout if self.training else 0.0
-        attention = prepare(layout, position_ids, heads, computed_in(self.embed_tokens.weight), dropout)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        return Shared(*rotary(position_ids, config), attention)
 
 
 def computed_in(weight: Tensor) -> torch.dtype:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import model.attention
 from dataset.batch import PairBatch
 from dataset.loader import PairRows
-from model.attention import Context, Layout, attend, attend_masked, plan_blocks, visible
+from model import GPTConfig
+from model.attention import Context, Layout, attend, plan_blocks, rotary, visible
 from tests.conftest import encoded
 from training.engines.pytorch import layout_of
 
@@ -50,6 +51,10 @@ def queries_keys_values(rows: int, heads: int, kv_heads: int, dim: int = 8) -> l
     return [torch.randn(rows, WIDTH, n, dim, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
 
 
+def turns(positions: torch.Tensor, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotary(positions, GPTConfig(dim=dim, n_heads=1, n_kv_heads=1, rope_theta=100.0))
+
+
 def per_sequence(q, k, v, cu_seqlens, keys_too, longest, longest_key, window_size, **shared):
     """What FlashAttention computes, one sequence after another."""
     assert cu_seqlens.equal(keys_too) and window_size == (-1, 0) and cu_seqlens.dtype == torch.int32
@@ -79,15 +84,15 @@ def test_fast_ways_are_the_plain_formula(monkeypatch, way, longest, heads, kv_he
     monkeypatch.setattr(model.attention, "LONG", 60)  # so that both sizes of blocks occur
     positions, layout, _ = random_rows(3, longest)
     if way == "blocks":
-        context = Context(blocks=plan_blocks(layout, heads, kv_heads))
+        context = Context(*turns(positions), blocks=plan_blocks(layout, heads, kv_heads))
     else:
-        context = Context(layout=layout)
+        context = Context(*turns(positions), layout=layout)
         shared = {"enable_gqa": True} if way == "varlen" else {}
         monkeypatch.setattr(model.attention, "VARLEN_GQA", way == "varlen")
         kernel = lambda *tensors: per_sequence(*tensors, window_size=(-1, 0), **shared)  # noqa: E731
         monkeypatch.setattr(model.attention, "varlen", kernel)
     inputs = queries_keys_values(3, heads, kv_heads)
-    plain, fast = attend(*inputs, Context(mask=visible(positions))), attend(*inputs, context)
+    plain, fast = attend(*inputs, Context(*turns(positions), mask=visible(positions))), attend(*inputs, context)
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
     follows = torch.randn_like(plain)
     expected, found = (torch.autograd.grad(out, inputs, follows) for out in (plain, fast))
@@ -107,8 +112,9 @@ def test_documents_fill_rows_where_nothing_is_shared():
     layout = Layout(F.pad(lengths.cumsum(0), (1, 0)).int(), WIDTH)
     positions = torch.cat([torch.arange(int(n)) for n in lengths]).view(2, WIDTH)
     inputs = queries_keys_values(2, 4, 2)
-    found = attend(*inputs, Context(blocks=plan_blocks(layout, 4, 2)))
-    torch.testing.assert_close(found, attend_masked(*inputs, visible(positions), 0.0), atol=1e-5, rtol=1e-5)
+    found = attend(*inputs, Context(*turns(positions), blocks=plan_blocks(layout, 4, 2)))
+    plain = attend(*inputs, Context(*turns(positions), mask=visible(positions)))
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_drops_single_probabilities_and_makes_up_for_them():
@@ -116,9 +122,10 @@ def test_dropout_drops_single_probabilities_and_makes_up_for_them():
     positions, layout, _ = random_rows(1, WIDTH)
     q, k, _ = queries_keys_values(1, 2, 1, dim=WIDTH)
     v = torch.eye(WIDTH).view(1, WIDTH, 1, WIDTH)
-    plain = attend(q, k, v, Context(mask=visible(positions))).detach()
+    angles = turns(positions, WIDTH)
+    plain = attend(q, k, v, Context(*angles, mask=visible(positions))).detach()
     torch.manual_seed(2)
-    dropped = attend(q, k, v, Context(dropout=0.25, blocks=plan_blocks(layout, 2, 1))).detach()
+    dropped = attend(q, k, v, Context(*angles, 0.25, blocks=plan_blocks(layout, 2, 1))).detach()
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], plain[kept] / 0.75, atol=1e-5, rtol=1e-5)
     assert kept[plain > 1e-6].float().mean().item() == pytest.approx(0.75, abs=0.03)
