@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import model.gpt
 from model import GPT, GPTConfig
 from model.config import default_ffn_dim
-from model.gpt import IGNORE, Role, fresh_weights
+from model.gpt import IGNORE, RMSNorm, Role, fresh_weights, normalized
 
 DOCUMENTS = [[5, 9, 2, 40, 7], [3, 3, 8], [60, 1, 4, 4, 4, 12]]
 
@@ -71,6 +71,20 @@ def test_documents_in_a_row_give_the_logits_they_give_alone(make_model, qk_norm)
     packed = network(ids, positions)[0]
     alone = torch.cat([network(torch.tensor([document]))[0] for document in DOCUMENTS])
     torch.testing.assert_close(packed[: len(alone)], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_cpus_has_the_gradient_of_the_formula(dtype):
+    torch.manual_seed(0)
+    norm = RMSNorm(24, 1e-5)
+    norm.weight.data.uniform_(0.5, 2)
+    x, follows = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True), torch.randn(3, 5, 24)
+    plain = norm.weight * normalized(x, norm.eps)[0]
+    fast = norm(x)
+    assert fast.dtype == plain.dtype == torch.float32 and torch.equal(fast, plain)
+    expected, found = (torch.autograd.grad((out * follows).sum(), [x, norm.weight]) for out in (plain, fast))
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    torch.testing.assert_close(found, expected, **near)
 
 
 def test_attention_looks_neither_ahead_nor_into_other_documents(make_model):
