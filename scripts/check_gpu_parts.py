@@ -1,0 +1,391 @@
+"""The checks of check_gpu.py: a `Ground` in, a `Result` out; `checks()` names them all, in order.
+
+Each takes training's own way (the rows of the sample data, the engine, the objective of every stage) and holds it to
+something else: the CPU in float32, a formula, or what the code promises of kernels, graphs and waits.
+"""
+
+import contextlib
+import gc
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+
+from model import attention, generate
+from model.decode import CachedGPT
+from scripts import memory
+from scripts.benchmark import OurGeneration
+from scripts.benchmark_clock import Turns, reset_peak, wait
+from scripts.check_gpu_engines import ENGINES, same_losses
+from scripts.check_gpu_ground import PRECISIONS, TRIES, Check, Ground, Precision, Result, judged, left_out, name_of
+from training import STAGES, distributed
+from training.engines import SingleEngine
+from training.metrics import peak_memory_mb
+from training.setup import starting_model
+
+SCRIPTS = Path(__file__).parent
+NO_CARD = "there is no card"
+MIB = 2**20
+
+# The card --------------------------------------------------------------------------------------------------------
+
+
+def card(ground: Ground) -> Result:
+    if not ground.on_card:
+        return left_out(f"{NO_CARD}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    found = torch.cuda.get_device_properties(ground.device)
+    wait(ground.device)
+    square = torch.ones(64, 64, device=ground.device)
+    text = (
+        f"{found.name}, compute capability {found.major}.{found.minor}, {found.total_memory / 2**30:.0f} GiB, "
+        f"driver {driver()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    )
+    good = float((square @ square)[0, 0]) == 64.0
+    return judged(good, text, "a product of ones is wrong: nothing else here can be trusted; test the card and its driver")
+
+
+def driver() -> str:
+    """The driver's version; "unknown" where nvidia-smi is not at hand."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0]
+    return "unknown"
+
+
+def bfloat16(ground: Ground) -> Result:
+    lacking = ground.lacks(torch.bfloat16)
+    if lacking or not ground.on_card:
+        return left_out(lacking or NO_CARD)
+    return judged(torch.cuda.is_bf16_supported(), "there", "this torch computes no bfloat16 here: train with --dtype float16")
+
+
+def flash(ground: Ground) -> Result:
+    if not ground.on_card:
+        return left_out("a CPU computes attention in blocks")
+    if torch.cuda.get_device_capability(ground.device) < (8, 0):
+        return left_out("cards before compute capability 8.0 take the formula under a mask")
+    return judged(
+        attention.has_varlen(ground.device, ground.dtype, 0.0) and torch.backends.cuda.is_flash_attention_available(),
+        f"there, {'queries share keys' if attention.VARLEN_GQA else 'keys are copied for queries that share them'}",
+        "this torch was built without FlashAttention, and training in 16 bits ends with an error: install one of "
+        "pytorch.org's own builds",
+    )
+
+
+def compiling(ground: Ground) -> Result:
+    if not ground.on_card:
+        return left_out("blocks are compiled on cards alone, unless --compile asks for it")
+    if torch.cuda.get_device_capability(ground.device) < (7, 0):
+        return left_out("Triton knows cards from compute capability 7.0 on")
+    return judged(
+        ground.compiles,
+        "Triton and a C compiler are there",
+        "Triton or a C compiler is missing, so that blocks run as they are, and slower: apt-get install gcc, pip install triton",
+    )
+
+
+# Numbers ---------------------------------------------------------------------------------------------------------
+
+
+class Learnt(NamedTuple):
+    loss: float  # mean
+    gradients: dict[str, Tensor]  # float32, on the CPU
+
+
+def learn(engine: SingleEngine, ground: Ground, stage: str) -> Learnt:
+    """Of one update. A loss scaler's first scales may be too large: such updates are skipped, as in training."""
+    batches, objective = ground.batches(stage, 0), ground.objective(stage)
+    weight = float(sum(objective.weight(batch) for batch in batches))
+    for _ in range(TRIES):
+        totals = engine.forward_backward(batches, objective, weight).read()
+        scale = engine.scaler.get_scale()
+        grads = {name: p.grad.cpu() / scale for name, p in engine.model.named_parameters() if p.grad is not None}
+        if not engine.scales_loss or all(bool(grad.isfinite().all()) for grad in grads.values()):
+            break
+        engine.step(0.0)
+    return Learnt(totals.sums["loss"] / weight, grads)
+
+
+def expected(ground: Ground, stage: str) -> Learnt:
+    """On the CPU, in float32, not compiled."""
+    if stage not in ground.expected:
+        host = Ground(torch.device("cpu"), ground.flags)
+        ground.expected[stage] = learn(host.engine(stage, torch.float32), host, stage)
+    return ground.expected[stage]
+
+
+def parity(stage: str, precision: Precision, compiled: bool, ground: Ground) -> Result:
+    """Loss and gradient of an update, beside the CPU's."""
+    if ground.lacks(precision.dtype):
+        return left_out(ground.lacks(precision.dtype))
+    if precision.matmul != "highest" and not ground.on_card:
+        return left_out("TF32 is a card's")
+    if compiled and not ground.compiles:
+        return left_out("nothing is compiled here unasked")
+    found = learn(ground.engine(stage, precision.dtype, compiled, precision.matmul), ground, stage)
+    told = expected(ground, stage)
+    loss = abs(found.loss - told.loss) / abs(told.loss)
+    off = {name: float((found.gradients[name] - grad).norm() / grad.norm()) for name, grad in told.gradients.items()}
+    worst = max(off, key=lambda name: (off[name] != off[name], off[name]))  # one that is no number before all others
+    return judged(
+        loss <= precision.loss and off[worst] <= precision.gradient,
+        f"loss {found.loss:.4f}, off by {loss:.1e} (at most {precision.loss:.0e}); gradients off by {off[worst]:.1e} "
+        f"(at most {precision.gradient:.0e}), most of all {worst}",
+        "another loss or gradient than the CPU's: do not train like this. Where only `compiled` fails, --no_compile goes "
+        "on without; where only 16 bits fail, --dtype float32",
+    )
+
+
+# Waits -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sync_errors() -> Iterator[None]:
+    """What waits for the card raises RuntimeError."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def waits(stage: str, ground: Ground) -> Result:
+    """Updates as the loop makes them; their numbers are read when all are queued."""
+    if ground.watching is None:
+        return left_out("a CPU waits for nothing; tests/training/test_waits.py finds what would")
+    engine, objective = ground.engine(stage, ground.dtype, ground.compiles), ground.objective(stage)
+
+    def update(number: int, watching: contextlib.AbstractContextManager[object]) -> Callable[[], object]:
+        weight = float(sum(objective.weight(batch) for batch in ground.batches(stage, number)))
+        with watching:
+            totals = engine.forward_backward(ground.sent(stage, number), objective, weight)
+            norm = engine.step(1e-4)
+        return lambda: (totals.read(), norm.read())
+
+    for number in range(2):  # compiling waits
+        update(number, contextlib.nullcontext())()
+    reads = []
+    try:
+        for number in range(2, 5):
+            reads.append(update(number, ground.watching()))
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        where = next(line for line in reversed(ours(error)))
+        advice = "the card stands still there until the host goes on: training is right, and slower than it could be"
+        return judged(False, f"{where} waits for the card ({str(error).splitlines()[0]})", advice)
+    for read in reads:
+        read()
+    return judged(True, f"{len(reads)} updates in {name_of(ground.dtype)} were queued without one", "")
+
+
+def ours(error: BaseException) -> list[str]:
+    """file:line of our code that an error passed, the innermost last."""
+    places, trace, root = ["elsewhere"], error.__traceback__, str(SCRIPTS.parent)
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file.startswith(root) and "site-packages" not in file:
+            places.append(f"{Path(file).relative_to(root)}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return places
+
+
+# Kernels ---------------------------------------------------------------------------------------------------------
+
+# names in a profile, of operators and of the kernels they start
+ATTENTION = {
+    "FlashAttention": r"flash_(fwd|bwd)|_scaled_dot_product_flash_attention",
+    "efficient": r"fmha_cutlass|_scaled_dot_product_efficient_attention",
+    "cuDNN": r"cudnn\w*(sdpa|fmha|attention|flash)|_scaled_dot_product_cudnn_attention",
+}
+# the plain formula makes all scores, and their softmax by the kernel for rows of up to 1,024; a loss has larger ones
+MATH = r"_scaled_dot_product_attention_math|softmax_warp_(forward|backward)"
+
+
+def attention_of(names: Iterable[str]) -> set[str]:
+    """Which of ATTENTION ran. Raises ValueError where the plain formula did, or none."""
+    names = list(names)
+    math = sorted({name for name in names if re.search(MATH, name)})
+    if math:
+        raise ValueError(f"the plain formula ran, with all scores in memory: {math[0][:80]}")
+    found = {kind for kind, pattern in ATTENTION.items() if any(re.search(pattern, name) for name in names)}
+    if not found:
+        raise ValueError(f"no attention among {len(names)} names")
+    return found
+
+
+def names_of(run: Callable[[], object], ground: Ground) -> set[str]:
+    """Of operators and kernels."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        run()
+        wait(ground.device)
+    return {event.name for event in prof.events() or []}
+
+
+def training_run(dtype: torch.dtype, ground: Ground) -> Callable[[], object]:
+    engine, objective = ground.engine("pretrain", dtype), ground.objective("pretrain")
+    return lambda: engine.forward_backward(ground.batches("pretrain", 0), objective).read()
+
+
+def decoding_run(dtype: torch.dtype, ground: Ground) -> Callable[[], object]:
+    """Not recorded: kernels of a graph are not in every profile."""
+    decoder = CachedGPT(ground.network(dtype), [[5, 6, 7], [8]], capacity=16, static=False)
+
+    def run() -> None:
+        decoder.step(decoder.prefill().argmax(-1))
+
+    return run
+
+
+def kernel(run: Callable[[torch.dtype, Ground], Callable[[], object]], dtype: torch.dtype, ground: Ground) -> Result:
+    if not ground.on_card:
+        return left_out("kernels are a card's")
+    if ground.lacks(dtype):
+        return left_out(ground.lacks(dtype))
+    varlen = run is training_run and attention.has_varlen(ground.device, dtype, 0.0)
+    wanted = {"FlashAttention"} if varlen else set(ATTENTION)
+    advice = f"slow, and of much memory; {' or '.join(sorted(wanted))} is meant to run: another torch or driver may do so"
+    try:
+        found = attention_of(names_of(run(dtype, ground), ground))
+    except ValueError as error:
+        return judged(False, str(error), advice)
+    return judged(found <= wanted, " and ".join(sorted(found)), advice)
+
+
+# Graphs ----------------------------------------------------------------------------------------------------------
+
+
+def graphs(stage: str, ground: Ground) -> Result:
+    """One graph for all blocks and one for the loss, however rows are packed, and after sampling."""
+    if not ground.compiles:
+        return left_out("nothing is compiled here unasked")
+    if not ground.on_card and not attention.has_varlen(ground.device, ground.dtype, 0.0):
+        return left_out("attention in blocks, which is a CPU's, stands outside graphs")
+    engine, objective = ground.engine(stage, ground.dtype, compiled=True), ground.objective(stage)
+    counters.clear()
+
+    def update(number: int) -> int:
+        engine.forward_backward(ground.sent(stage, number), objective)
+        engine.step(1e-4).read()
+        return counters["stats"]["unique_graphs"]
+
+    made = [update(number) for number in range(3)]
+    with engine.generator() as network:
+        generate(network, [[5, 6, 7], [8]], max_new_tokens=5, temperature=0)
+    made += [update(number) for number in range(3, 5)]
+    breaks = list(counters["graph_break"])
+    return judged(
+        made == [2] * len(made) and not breaks,
+        f"graphs after each update {made}, sampling after the third; breaks: {breaks or 'none'}",
+        "2 are meant, one of blocks and one of the loss: more cost a minute each, and breaks the speed of compiling. "
+        "TORCH_LOGS=recompiles,graph_breaks says why; --no_compile goes on without",
+    )
+
+
+# Decoding --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def greedy(ground: Ground) -> Result:
+    """Each of a batch's likeliest tokens, by the cache, is likeliest too where the whole sequence is read at once."""
+    network = ground.network(torch.float32)
+    length = min(48, network.config.max_seq_len // 2)
+    prompts = [list(range(5, 5 + length // n)) for n in (1, 2, 8)]
+    answers = [answer.ids for answer in generate(network, prompts, max_new_tokens=length, temperature=0)]
+    short, same = 0.0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = network(torch.tensor([prompt + answer], device=ground.device))[0, len(prompt) - 1 : -1]
+        behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer, device=ground.device)[:, None])[:, 0]
+        short, same = max(short, float(behind.max())), same + int((behind == 0).sum())
+    total = sum(map(len, answers))
+    return judged(
+        short < 1e-3 and total == len(prompts) * length,  # two as good as alike may change places
+        f"{same} of {total} tokens the same {'by the recorded graph' if ground.on_card else '(without a graph)'}, "
+        f"others behind by at most {short:.1e}",
+        "answers are not what the model says: sample with --device cpu until this is found",
+    )
+
+
+def speed(rows: int, ground: Ground) -> Result:
+    start = ground.loaded("pretrain")[0]
+    room = min(64, start.model.config.max_seq_len // 4)
+    settings = {"max_new_tokens": room, "temperature": 0.0}
+    prompts = [[5 + row] * room for row in range(rows)]
+    turns = Turns(ground.device)
+    start = starting_model(start.config)  # one of its own, to be given memory
+    turns.start("ours", lambda: OurGeneration(start, ground.machine, prompts, **settings))
+    for step in range(1, 4):
+        turns.go_round(step)
+    timed = turns.timed["ours"]
+    rates = [work.tokens / seconds for work, seconds in zip(timed.work, timed.seconds, strict=True)]
+    return judged(min(rates) > 0, f"{max(rates):,.0f} new tokens/s in {name_of(ground.dtype)}, prompts of {room}", "")
+
+
+# Memory ----------------------------------------------------------------------------------------------------------
+
+
+def held(ground: Ground) -> Result:
+    """What stays, beside the ZeRO paper's formula, and the peak of updates."""
+    gc.collect()
+    engine, objective = ground.engine("pretrain", ground.dtype), ground.objective("pretrain")
+    measured = memory.measure(engine)
+    formula = memory.formula(engine, 1, memory.stage_of(engine), engine.model.num_parameters())
+    reset_peak(ground.device)
+    for number in range(2):
+        engine.forward_backward(ground.sent("pretrain", number), objective)
+        engine.step(1e-4).read()
+    parts = ", ".join(f"{part} {measured[part] / MIB:,.1f} ({size / MIB:,.1f})" for part, size in formula.items())
+    return judged(
+        all(abs(measured[part] - size) <= 0.01 * size + 4096 for part, size in formula.items()),
+        f"MiB, in brackets by the formula: {parts}; peak of an update {peak_memory_mb(ground.device):,.0f}",
+        "the engine holds more than it needs, or less than it learns: `python scripts/memory.py` says the same by part",
+    )
+
+
+# Benchmark -------------------------------------------------------------------------------------------------------
+
+
+def benchmark(ground: Ground) -> Result:
+    """scripts/benchmark.py in a process of its own, with few updates."""
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "--device", str(ground.device), "--markdown", *ground.flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    start = done.stdout.rfind("\ncommit ")
+    said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+    advice = f"`{' '.join(command[1:])}` says what is wrong: {' '.join(said)}"
+    result = judged(done.returncode == 0 and start >= 0, f"{done.stdout[start:].count('tokens/s')} lines below", advice)
+    result.paste = done.stdout[start + 1 :].strip() if result.status == "ok" else ""
+    return result
+
+
+# All -------------------------------------------------------------------------------------------------------------
+
+
+def checks() -> dict[str, Check]:
+    """By name, `group: what`, in the order in which they are run."""
+    found: dict[str, Check] = {
+        "card: itself": card, "card: bfloat16": bfloat16, "card: FlashAttention": flash, "card: compiling": compiling
+    }  # fmt: skip
+    for stage in STAGES:
+        for name, precision in PRECISIONS.items():
+            for compiled in (False, True):
+                how = f"{name}{', compiled' * compiled}"
+                found[f"parity: {stage}, {how}"] = partial(parity, stage, precision, compiled)
+    found |= {f"waits: {stage}": partial(waits, stage) for stage in STAGES}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        found[f"attention: training, {name_of(dtype)}"] = partial(kernel, training_run, dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        found[f"attention: decoding, {name_of(dtype)}"] = partial(kernel, decoding_run, dtype)
+    found |= {f"graphs: {stage}": partial(graphs, stage) for stage in STAGES}
+    for processes in (1, 2):
+        for name in list(ENGINES)[processes - 1 :]:  # one process alone is one
+            found[f"engines: {name} x{processes}"] = partial(same_losses, name, processes)
+    found |= {"decoding: greedy": greedy, "decoding: 1 row": partial(speed, 1), "decoding: 32 rows": partial(speed, 32)}
+    return found | {"memory: held": held, "benchmark: table": benchmark}
