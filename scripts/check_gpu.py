@@ -24,7 +24,8 @@ import torch
 
 from dataset.records import one_line
 from scripts.check_gpu_ground import FAILED, LEFT_OUT, OK, Check, Ground, Result
-from scripts.check_gpu_parts import checks, sync_errors
+from scripts.check_gpu_parts import checks
+from scripts.check_gpu_promises import sync_errors
 from training import distributed
 from training.distributed import World
 
@@ -66,8 +67,8 @@ def ask(check: Check, ground: Ground) -> Result:
         traceback.print_exc()
         return Result(FAILED, f"{type(error).__name__}: {one_line(error)}", CRASHED)
     finally:
-        gc.collect()
-        if ground.on_card:
+        if ground.on_card:  # what is left of one must not stand in the way of the next
+            gc.collect()
             torch.cuda.empty_cache()
 
 

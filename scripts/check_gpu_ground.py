@@ -1,9 +1,9 @@
 """What the checks of check_gpu.py stand on: a device and a stage's flags in; rows, models and engines out.
 
-    ground = Ground(torch.device("cuda", 0), ["--dim", "512"])
-    ground.batches("dpo", 2)                          micro-batches of update 2, packed from the sample data
-    ground.engine("dpo", torch.bfloat16)              one process's engine, its weights the same at every call
-    judged(error < 1e-2, "off by 0.004", "what it means where it is more, and what to do")
+ground = Ground(torch.device("cuda", 0), ["--dim", "512"])
+ground.batches("dpo", 2)                          micro-batches of update 2, packed from the sample data
+ground.engine("dpo", torch.bfloat16)              one process's engine, its weights the same at every call
+judged(error < 1e-2, "off by 0.004", "what it means where it is more, and what to do")
 """
 
 import contextlib
@@ -63,13 +63,20 @@ class Precision(NamedTuple):
 
 
 # 16 bits round each number by 2^-9 (bfloat16) or 2^-12 (float16) of it, TF32 what is multiplied by 2^-12; what becomes
-# of that in a gradient was measured on CPUs, and a few times as much is allowed
+# of that in a gradient was measured on a CPU (0.03 and 0.003 at most, at dim 512), and more is allowed
 PRECISIONS = {
     "float32": Precision(torch.float32, "highest", 1e-5, 1e-3),
-    "tf32": Precision(torch.float32, "high", 2e-3, 3e-2),
-    "bfloat16": Precision(torch.bfloat16, "highest", 1e-2, 1e-1),
-    "float16": Precision(torch.float16, "highest", 2e-3, 3e-2),
+    "tf32": Precision(torch.float32, "high", 2e-3, 1.5e-2),
+    "bfloat16": Precision(torch.bfloat16, "highest", 1e-2, 6e-2),
+    "float16": Precision(torch.float16, "highest", 2e-3, 1.5e-2),
 }
+
+
+class Learnt(NamedTuple):
+    """Of an update."""
+
+    loss: float  # mean
+    gradients: dict[str, Tensor]  # float32, on the CPU
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -89,7 +96,7 @@ class Ground:
     world: World = field(default_factory=World)
     compiles: bool = False
     watching: Watching | None = None
-    expected: "dict[str, Learnt]" = field(default_factory=dict)  # by stage, of a CPU
+    expected: dict[str, Learnt] = field(default_factory=dict)  # by stage, of a CPU
 
     def __post_init__(self) -> None:
         self.loaded = cache(self.load)

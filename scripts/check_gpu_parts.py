@@ -1,32 +1,38 @@
 """The checks of check_gpu.py: a `Ground` in, a `Result` out; `checks()` names them all, in order.
 
 Each takes training's own way (the rows of the sample data, the engine, the objective of every stage) and holds it to
-something else: the CPU in float32, a formula, or what the code promises of kernels, graphs and waits.
+something else: the CPU in float32, a formula, a network without a cache. Waits, kernels and graphs are watched in
+check_gpu_promises.py, engines in check_gpu_engines.py.
 """
 
 import contextlib
 import gc
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch._dynamo.utils import counters
-from torch.profiler import ProfilerActivity, profile
 
 from model import attention, generate
-from model.decode import CachedGPT
 from scripts import memory
 from scripts.benchmark import OurGeneration
-from scripts.benchmark_clock import Turns, reset_peak, wait
+from scripts.benchmark_clock import Turns, reset_peak
 from scripts.check_gpu_engines import ENGINES, same_losses
-from scripts.check_gpu_ground import PRECISIONS, TRIES, Check, Ground, Precision, Result, judged, left_out, name_of
-from training import STAGES, distributed
+from scripts.check_gpu_ground import (
+    PRECISIONS,
+    TRIES,
+    Check,
+    Ground,
+    Learnt,
+    Precision,
+    Result,
+    judged,
+    left_out,
+    name_of,
+)
+from scripts.check_gpu_promises import decoding_run, graphs, kernel, training_run, waits
+from training import STAGES
 from training.engines import SingleEngine
 from training.metrics import peak_memory_mb
 from training.setup import starting_model
@@ -42,14 +48,15 @@ def card(ground: Ground) -> Result:
     if not ground.on_card:
         return left_out(f"{NO_CARD}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     found = torch.cuda.get_device_properties(ground.device)
-    wait(ground.device)
     square = torch.ones(64, 64, device=ground.device)
     text = (
         f"{found.name}, compute capability {found.major}.{found.minor}, {found.total_memory / 2**30:.0f} GiB, "
         f"driver {driver()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
     )
     good = float((square @ square)[0, 0]) == 64.0
-    return judged(good, text, "a product of ones is wrong: nothing else here can be trusted; test the card and its driver")
+    return judged(
+        good, text, "a product of ones is wrong: nothing else here can be trusted; test the card and its driver"
+    )
 
 
 def driver() -> str:
@@ -64,7 +71,9 @@ def bfloat16(ground: Ground) -> Result:
     lacking = ground.lacks(torch.bfloat16)
     if lacking or not ground.on_card:
         return left_out(lacking or NO_CARD)
-    return judged(torch.cuda.is_bf16_supported(), "there", "this torch computes no bfloat16 here: train with --dtype float16")
+    return judged(
+        torch.cuda.is_bf16_supported(), "there", "this torch computes no bfloat16 here: train with --dtype float16"
+    )
 
 
 def flash(ground: Ground) -> Result:
@@ -88,16 +97,12 @@ def compiling(ground: Ground) -> Result:
     return judged(
         ground.compiles,
         "Triton and a C compiler are there",
-        "Triton or a C compiler is missing, so that blocks run as they are, and slower: apt-get install gcc, pip install triton",
+        "Triton or a C compiler is missing, so that blocks run as they are, and slower: apt-get install gcc, "
+        "pip install triton",
     )
 
 
 # Numbers ---------------------------------------------------------------------------------------------------------
-
-
-class Learnt(NamedTuple):
-    loss: float  # mean
-    gradients: dict[str, Tensor]  # float32, on the CPU
 
 
 def learn(engine: SingleEngine, ground: Ground, stage: str) -> Learnt:
@@ -139,154 +144,8 @@ def parity(stage: str, precision: Precision, compiled: bool, ground: Ground) -> 
         loss <= precision.loss and off[worst] <= precision.gradient,
         f"loss {found.loss:.4f}, off by {loss:.1e} (at most {precision.loss:.0e}); gradients off by {off[worst]:.1e} "
         f"(at most {precision.gradient:.0e}), most of all {worst}",
-        "another loss or gradient than the CPU's: do not train like this. Where only `compiled` fails, --no_compile goes "
-        "on without; where only 16 bits fail, --dtype float32",
-    )
-
-
-# Waits -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def sync_errors() -> Iterator[None]:
-    """What waits for the card raises RuntimeError."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def waits(stage: str, ground: Ground) -> Result:
-    """Updates as the loop makes them; their numbers are read when all are queued."""
-    if ground.watching is None:
-        return left_out("a CPU waits for nothing; tests/training/test_waits.py finds what would")
-    engine, objective = ground.engine(stage, ground.dtype, ground.compiles), ground.objective(stage)
-
-    def update(number: int, watching: contextlib.AbstractContextManager[object]) -> Callable[[], object]:
-        weight = float(sum(objective.weight(batch) for batch in ground.batches(stage, number)))
-        with watching:
-            totals = engine.forward_backward(ground.sent(stage, number), objective, weight)
-            norm = engine.step(1e-4)
-        return lambda: (totals.read(), norm.read())
-
-    for number in range(2):  # compiling waits
-        update(number, contextlib.nullcontext())()
-    reads = []
-    try:
-        for number in range(2, 5):
-            reads.append(update(number, ground.watching()))
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        where = next(line for line in reversed(ours(error)))
-        advice = "the card stands still there until the host goes on: training is right, and slower than it could be"
-        return judged(False, f"{where} waits for the card ({str(error).splitlines()[0]})", advice)
-    for read in reads:
-        read()
-    return judged(True, f"{len(reads)} updates in {name_of(ground.dtype)} were queued without one", "")
-
-
-def ours(error: BaseException) -> list[str]:
-    """file:line of our code that an error passed, the innermost last."""
-    places, trace, root = ["elsewhere"], error.__traceback__, str(SCRIPTS.parent)
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if file.startswith(root) and "site-packages" not in file:
-            places.append(f"{Path(file).relative_to(root)}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    return places
-
-
-# Kernels ---------------------------------------------------------------------------------------------------------
-
-# names in a profile, of operators and of the kernels they start
-ATTENTION = {
-    "FlashAttention": r"flash_(fwd|bwd)|_scaled_dot_product_flash_attention",
-    "efficient": r"fmha_cutlass|_scaled_dot_product_efficient_attention",
-    "cuDNN": r"cudnn\w*(sdpa|fmha|attention|flash)|_scaled_dot_product_cudnn_attention",
-}
-# the plain formula makes all scores, and their softmax by the kernel for rows of up to 1,024; a loss has larger ones
-MATH = r"_scaled_dot_product_attention_math|softmax_warp_(forward|backward)"
-
-
-def attention_of(names: Iterable[str]) -> set[str]:
-    """Which of ATTENTION ran. Raises ValueError where the plain formula did, or none."""
-    names = list(names)
-    math = sorted({name for name in names if re.search(MATH, name)})
-    if math:
-        raise ValueError(f"the plain formula ran, with all scores in memory: {math[0][:80]}")
-    found = {kind for kind, pattern in ATTENTION.items() if any(re.search(pattern, name) for name in names)}
-    if not found:
-        raise ValueError(f"no attention among {len(names)} names")
-    return found
-
-
-def names_of(run: Callable[[], object], ground: Ground) -> set[str]:
-    """Of operators and kernels."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
-        run()
-        wait(ground.device)
-    return {event.name for event in prof.events() or []}
-
-
-def training_run(dtype: torch.dtype, ground: Ground) -> Callable[[], object]:
-    engine, objective = ground.engine("pretrain", dtype), ground.objective("pretrain")
-    return lambda: engine.forward_backward(ground.batches("pretrain", 0), objective).read()
-
-
-def decoding_run(dtype: torch.dtype, ground: Ground) -> Callable[[], object]:
-    """Not recorded: kernels of a graph are not in every profile."""
-    decoder = CachedGPT(ground.network(dtype), [[5, 6, 7], [8]], capacity=16, static=False)
-
-    def run() -> None:
-        decoder.step(decoder.prefill().argmax(-1))
-
-    return run
-
-
-def kernel(run: Callable[[torch.dtype, Ground], Callable[[], object]], dtype: torch.dtype, ground: Ground) -> Result:
-    if not ground.on_card:
-        return left_out("kernels are a card's")
-    if ground.lacks(dtype):
-        return left_out(ground.lacks(dtype))
-    varlen = run is training_run and attention.has_varlen(ground.device, dtype, 0.0)
-    wanted = {"FlashAttention"} if varlen else set(ATTENTION)
-    advice = f"slow, and of much memory; {' or '.join(sorted(wanted))} is meant to run: another torch or driver may do so"
-    try:
-        found = attention_of(names_of(run(dtype, ground), ground))
-    except ValueError as error:
-        return judged(False, str(error), advice)
-    return judged(found <= wanted, " and ".join(sorted(found)), advice)
-
-
-# Graphs ----------------------------------------------------------------------------------------------------------
-
-
-def graphs(stage: str, ground: Ground) -> Result:
-    """One graph for all blocks and one for the loss, however rows are packed, and after sampling."""
-    if not ground.compiles:
-        return left_out("nothing is compiled here unasked")
-    if not ground.on_card and not attention.has_varlen(ground.device, ground.dtype, 0.0):
-        return left_out("attention in blocks, which is a CPU's, stands outside graphs")
-    engine, objective = ground.engine(stage, ground.dtype, compiled=True), ground.objective(stage)
-    counters.clear()
-
-    def update(number: int) -> int:
-        engine.forward_backward(ground.sent(stage, number), objective)
-        engine.step(1e-4).read()
-        return counters["stats"]["unique_graphs"]
-
-    made = [update(number) for number in range(3)]
-    with engine.generator() as network:
-        generate(network, [[5, 6, 7], [8]], max_new_tokens=5, temperature=0)
-    made += [update(number) for number in range(3, 5)]
-    breaks = list(counters["graph_break"])
-    return judged(
-        made == [2] * len(made) and not breaks,
-        f"graphs after each update {made}, sampling after the third; breaks: {breaks or 'none'}",
-        "2 are meant, one of blocks and one of the loss: more cost a minute each, and breaks the speed of compiling. "
-        "TORCH_LOGS=recompiles,graph_breaks says why; --no_compile goes on without",
+        "another loss or gradient than the CPU's: do not train like this. Where only `compiled` fails, --no_compile "
+        "goes on without; where only 16 bits fail, --dtype float32",
     )
 
 
@@ -355,7 +214,8 @@ def held(ground: Ground) -> Result:
 
 def benchmark(ground: Ground) -> Result:
     """scripts/benchmark.py in a process of its own, with few updates."""
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "--device", str(ground.device), "--markdown", *ground.flags]
+    flags = ["--markdown", "--device", str(ground.device), *ground.flags]
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     start = done.stdout.rfind("\ncommit ")
     said = (done.stderr or done.stdout).strip().splitlines()[-1:]
@@ -368,6 +228,9 @@ def benchmark(ground: Ground) -> Result:
 # All -------------------------------------------------------------------------------------------------------------
 
 
+COMPILED = ("float32", "bfloat16", "float16")  # one of float32 is enough
+
+
 def checks() -> dict[str, Check]:
     """By name, `group: what`, in the order in which they are run."""
     found: dict[str, Check] = {
@@ -375,7 +238,7 @@ def checks() -> dict[str, Check]:
     }  # fmt: skip
     for stage in STAGES:
         for name, precision in PRECISIONS.items():
-            for compiled in (False, True):
+            for compiled in (False, True)[: 1 + (name in COMPILED)]:
                 how = f"{name}{', compiled' * compiled}"
                 found[f"parity: {stage}, {how}"] = partial(parity, stage, precision, compiled)
     found |= {f"waits: {stage}": partial(waits, stage) for stage in STAGES}
