@@ -134,7 +134,7 @@ def compared(found: dict[str, list[float] | str], alone: dict[str, list[float] |
         off = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)) if finite else math.inf
         moved = len(set(losses)) > 1
         good = good and off <= allowed and moved
-        said.append(f"{name_of(dtype)}: {losses[0]:.4f}..{losses[-1]:.4f}, off by {off:.1e} (at most {allowed:.0e})")
+        said.append(f"{name_of(dtype)}: {losses[0]:.4f}..{losses[-1]:.4f}, off by {off:.1e} (at most {allowed:g})")
     return judged(
         good,
         "; ".join(said),

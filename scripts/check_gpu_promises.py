@@ -165,5 +165,5 @@ def graphs(stage: str, ground: Ground) -> Result:
         made == [meant] * len(made) and not breaks,
         f"graphs after each update {made}, sampling after the third; breaks: {breaks or 'none'}",
         f"{meant} are meant, one of blocks and the loss's: more cost a minute each, and breaks the speed of compiling. "
-        "TORCH_LOGS=recompiles,graph_breaks says why; --no_compile goes on without",
+        "TORCH_LOGS=recompiles,graph_breaks says why; --compile false goes on without",
     )
