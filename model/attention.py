@@ -152,8 +152,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """The plain formula under a mask; without one, every place sees its row up to itself."""
-    if mask is not None and q.is_cuda:
-        # a mask together with shared keys would be the slow float32 kernel of the last resort there
+    if q.is_cuda:
+        # shared keys together with a mask, or in float32, would be the slow kernel of the last resort there
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,

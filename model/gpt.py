@@ -229,9 +229,11 @@ class GPT(nn.Module):
             learnt = (labels != IGNORE).flatten().nonzero()[:, 0]
         hidden, weight = (x.to(computed_in(x)) for x in (hidden, self.head_weight))
         hidden, targets = hidden.flatten(0, 1).index_select(0, learnt), labels.flatten().index_select(0, learnt)
+        loss = SummedNLL if summed else ChunkedNLL
+        with torch.autocast(labels.device.type, enabled=False):  # as in the backward pass: compiled, they share a graph
+            nll = loss.apply(hidden, weight, targets, self.cross_entropy)
         if summed:
-            return SummedNLL.apply(hidden, weight, targets, self.cross_entropy)
-        nll = ChunkedNLL.apply(hidden, weight, targets, self.cross_entropy)
+            return nll
         return torch.zeros(labels.numel(), device=labels.device).index_copy(0, learnt, nll).view(labels.shape)
 
 
