@@ -5,7 +5,7 @@ import pytest
 from tests.counts import files, follow, longest_functions, words
 
 
-@pytest.mark.parametrize(("stage", "crossings_at_most", "files_at_most"), [("pretrain", 22, 14), ("full_sft", 24, 15)])
+@pytest.mark.parametrize(("stage", "crossings_at_most", "files_at_most"), [("pretrain", 23, 14), ("full_sft", 25, 15)])
 def test_one_batch_is_followed_through_few_files(stage: str, crossings_at_most: int, files_at_most: int) -> None:
     found = follow(stage)
     called = {place.split(":")[1] for _, place in found}
