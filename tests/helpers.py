@@ -157,7 +157,7 @@ def train_many(folder: Path, runs: list[tuple[str, list[Any]]], ranks: int = 2, 
 
 def train_here(stage: str, *flags: Any) -> None:
     """Run one entry script's main in this process, which saves the seconds that importing torch takes."""
-    tools = {"memory": ("scripts.memory", STAGES["pretrain"].config)}  # run by a launcher too, with a stage's flags
+    tools = {name: (f"scripts.{name}", STAGES["pretrain"].config) for name in ("memory", "scaling")}  # flags of a stage
     stages = {name: (each.script.removesuffix(".py"), each.config) for name, each in STAGES.items()}
     module, config = (tools | stages)[stage]
     importlib.import_module(module).main(load_config(config, [str(flag) for flag in flags]))
