@@ -11,6 +11,7 @@ section 3) for this engine's number of copies.
 The flags are those of pretraining. Shape, engine, precision and offload count; data, batches and reporting do not.
 """
 
+import contextlib
 import gc
 import json
 import sys
@@ -45,7 +46,8 @@ def storages(tensors: Iterable[object]) -> Storages:
             tensor = tensor._local_tensor
         if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            with contextlib.suppress(RuntimeError):  # a compiler's stand-in for a tensor has no storage
+                found[storage.data_ptr()] = storage.nbytes()
     return found
 
 

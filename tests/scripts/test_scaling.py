@@ -49,6 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return dict(zip(ENGINES, lines, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_send_what_the_formula_says(results: dict[str, dict[str, Any]], engine: str) -> None:
     result, expected = results[engine], ENGINES[engine][1]
@@ -64,6 +65,7 @@ def test_two_ranks_send_what_the_formula_says(results: dict[str, dict[str, Any]]
     assert result["sent_by_formula"] == round(sent) and sent <= result["sent"] <= sent + NUMBERS
 
 
+@pytest.mark.slow
 def test_what_linux_counts_is_no_less(results: dict[str, dict[str, Any]]) -> None:
     """Other programs may have sent as well, so that only the lower bound holds everywhere."""
     if not any(result["wire"] for result in results.values()):
