@@ -59,13 +59,12 @@ def visible(position_ids: Tensor) -> Tensor:
     begins = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
     begun = torch.where(begins, place, 0).cummax(-1).values  # where the run of each place began
     start = position_ids - (place - begun)  # and at which position
-
-    def of(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        return queries[:, :, None], keys[:, None, :]
-
-    (query, key), (query_run, key_run) = of(document, document), of(begun, begun)
-    (first, position), causal = of(start, position_ids), place[:, None] >= place
-    return ((query == key) & causal & ((query_run == key_run) | (position < first)))[:, None]
+    # queries down, keys across
+    same_document = document[:, :, None] == document[:, None, :]
+    same_run = begun[:, :, None] == begun[:, None, :]
+    shared = position_ids[:, None, :] < start[:, :, None]
+    causal = place[:, None] >= place
+    return (same_document & causal & (same_run | shared))[:, None]
 
 
 @dataclass
@@ -100,12 +99,9 @@ def prepare(
 ) -> Context:
     """The way to take for a batch. Without a layout it is the mask of `visible`; without positions every row is one
     document. dtype: of queries and keys."""
-    plain = position_ids is None
     if position_ids is None:
-        position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+        return Context(*rotary(torch.arange(ids.shape[1], device=ids.device)[None], shape), dropout)
     turns = rotary(position_ids, shape)
-    if plain:
-        return Context(*turns, dropout)
     if layout is not None and has_varlen(ids.device, dtype, dropout):
         return Context(*turns, layout=layout)
     if layout is not None and ids.device.type == "cpu":

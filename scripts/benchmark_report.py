@@ -68,13 +68,17 @@ class Line:
 
 def measured(timed: Timed, model: bool) -> Measured:
     tokens, weights = [work.tokens for work in timed.work], [work.weight for work in timed.work]
-    by_tokens, by_weight = (
-        [done / seconds for done, seconds in zip(each, timed.seconds, strict=True)] for each in (tokens, weights)
-    )
+    by_tokens = per_second(tokens, timed.seconds)
+    by_weight = statistics.median(per_second(weights, timed.seconds))
     return Measured(
-        statistics.median(by_tokens), min(by_tokens), max(by_tokens), statistics.median(by_weight), timed.seconds,
+        statistics.median(by_tokens), min(by_tokens), max(by_tokens), by_weight, timed.seconds,
         tokens, weights, *((timed.peak_mb, timed.first_seconds) if model else ()),
     )  # fmt: skip
+
+
+def per_second(done: list[float], seconds: list[float]) -> list[float]:
+    """Of each update."""
+    return [each / spent for each, spent in zip(done, seconds, strict=True)]
 
 
 def line(
@@ -91,10 +95,8 @@ def line(
 
 
 def speeds(side: Measured, weighed: bool = False) -> list[float]:
-    """Of each update, by tokens or by weight: a pair's tokens are fewer where its prompt is there once."""
-    return [
-        done / seconds for done, seconds in zip(side.weights if weighed else side.tokens, side.seconds, strict=True)
-    ]
+    """By tokens or by weight: a pair's tokens are fewer where its prompt is there once."""
+    return per_second(side.weights if weighed else side.tokens, side.seconds)
 
 
 def add_ceiling(found: Line, rates: Rates, ranks: int, shape: GPTConfig, row: int, peak: float | None) -> None:

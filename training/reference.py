@@ -46,8 +46,10 @@ def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: s
     # every rank reads its own copy; where one has none, none is used, so that all have the same work left
     if all(engine.gather(path.is_file())):
         known = torch.load(path, weights_only=True).numpy()
-    seen = loader.rows_before(max(engine.gather(last_position(loader, config)))).tolist()
-    missing = [row for row in seen if np.isnan(known[rows.pairs_of([row])]).any()]
+    seen = loader.rows_before(max(engine.gather(last_position(loader, config))))
+    row_of_pair = np.repeat(np.arange(len(rows)), np.diff(rows.packing.offsets))
+    unknown = np.isnan(known[rows.packing.document]).any(1)
+    missing = np.intersect1d(seen, row_of_pair[unknown]).tolist()
     wanted = sorted(set().union(*engine.gather(missing)))  # caches of nodes may differ
     rows.reference = known
     if not wanted:
