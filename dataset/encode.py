@@ -194,7 +194,7 @@ class Encoder:
         """Raises DataError for a bad row (rules.on_bad_row "stop") and for a file that ends in an error."""
         rules, first = self.rules, self.rules.parts[0]
         reports = {name: Report() for name in rules.parts}
-        rows: dict[str, list[dict[str, list[int] | int]]] = {name: [] for name in rules.parts}
+        rows: dict[str, list[dict[str, list[int] | int | str]]] = {name: [] for name in rules.parts}
         bad = reports[first].bad
         for row in read_rows(chunk, rules.form, rules.on_bad_row, bad):
             name = first if rules.part == "all" or not is_held_out(row, rules) else "val"

@@ -3,12 +3,14 @@
     {"text": "Hi"}                         TEXT          ids [1, 912, 2]                         <s> text </s>
     {"conversations": [user, assistant]}   CONVERSATION  ids [...], spans [7, 12]                7..12 are the answer's
     {"chosen": [...], "rejected": [...]}   PAIR          chosen [...], rejected [...], prompt 7  7 tokens are shared
+    {"conversations": [user], "gt": ["5"]} PROMPT        ids [...], row '{...}'                  nothing: answers come
 
 A form knows JSON values and token ids; where a row stands (`path:line`) is known by who reads it (dataset/records.py),
 so what is wrong with a row is a ValueError here. A new form is a class here and a name in FORMS.
 """
 
 import json
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,7 +34,7 @@ class Rendered(NamedTuple):
 class Tokens(NamedTuple):
     """A row as its Arrow columns hold it."""
 
-    columns: dict[str, list[int] | int]
+    columns: dict[str, list[int] | int | str]
     total: int
     supervised: int  # of them; the first token of a document is read but never predicted
 
@@ -153,6 +155,56 @@ class ConversationForm(Form):
         return Tokens({"ids": ids, "spans": [edge for span in spans for edge in span]}, len(ids), supervised)
 
 
+class PromptForm(ConversationForm):
+    """A conversation that the model is to go on with, and what its answer is judged by.
+
+    {"conversations": [user, assistant "5"]}               -> {"conversations": [user], "answer": ["5"]}
+    {"conversations": [user, assistant ""], "gt": ["5"]}   -> {"conversations": [user], "gt": ["5"], "answer": ["5"]}
+    """
+
+    name, stage = "prompt", "grpo"
+    expected = '{"conversations": [{"role": "user", "content": "..."}]}, with an "answer" or "gt" where there is one'
+    too_long = "dropped"
+    other_columns: ClassVar[dict[str, pa.DataType]] = {"row": pa.string()}
+    rows = ""  # nothing packs them: a rollout reads the columns themselves
+
+    def check(self, row: Value) -> Value:
+        """The row without its last turn where that is the assistant's. "answer" becomes a list: of the row's own
+        "answer", else its "gt", else of the turn that is left out, where anything stands in one. Other keys stay."""
+        row = super().check(row)
+        messages, left_out = row["conversations"], None
+        if messages[-1]["role"] == "assistant":
+            messages, left_out = messages[:-1], messages[-1]["content"].strip() or None
+        if not messages or messages[-1]["role"] == "assistant":
+            found = "two answers in a row" if messages else "no message before the answer"
+            raise ValueError(f"found {found} at the end of conversations, expected a prompt that an answer can follow")
+        answers = next((row[key] for key in ("answer", "gt") if row.get(key) is not None), left_out)
+        return row | {"conversations": messages, "answer": list_of_answers(answers)}
+
+    def render(self, row: Value, tokenizer: TextTokenizer) -> list[Rendered]:
+        ids, mask = render_chat(tokenizer, row["conversations"], add_generation_prompt=True)
+        return [Rendered("", ids, [False] * len(mask))]
+
+    def encode(self, row: Value, tokenizer: TextTokenizer, max_seq_len: int, report: Report) -> Tokens | None:
+        ((_, ids, _),) = self.render(row, tokenizer)
+        if len(ids) >= max_seq_len:
+            report.dropped["prompt longer than max_seq_len"] += 1
+            return None
+        return Tokens({"ids": ids, "row": json.dumps(row)}, len(ids), 0)
+
+
+def list_of_answers(value: object) -> list[str | int | float]:
+    """ "5" -> ["5"], 5 -> [5], ["a", 5] -> ["a", 5], None -> []. Raises ValueError for anything else."""
+    answers: list[str | int | float] = []
+    for each in value if isinstance(value, list) else [] if value is None else [value]:
+        if isinstance(each, bool) or not isinstance(each, (str, int, float)):
+            raise ValueError(f"found {kind(each)} as the answer, expected a string, a number, or a list of them")
+        if isinstance(each, float) and not math.isfinite(each):
+            raise ValueError(f"found {each} as the answer, expected a finite number")
+        answers.append(each)
+    return answers
+
+
 class PairForm(Form):
     name, stage = "pair", "dpo"
     keys = frozenset({"chosen", "rejected"})
@@ -216,12 +268,12 @@ class PairForm(Form):
             report.cut["tokens left out"] += sum(len(ids) - limit for ids in too_long)
         chosen, rejected = (sides[side][:limit] for side in ("chosen", "rejected"))
         count = len(chosen) + len(rejected)
-        columns: dict[str, list[int] | int] = {"chosen": chosen, "rejected": rejected, "prompt": len(prompt)}
+        columns: dict[str, list[int] | int | str] = {"chosen": chosen, "rejected": rejected, "prompt": len(prompt)}
         return Tokens(columns, count, count - 2 * len(prompt))
 
 
-TEXT, CONVERSATION, PAIR = TextForm(), ConversationForm(), PairForm()
-FORMS: tuple[Form, ...] = (TEXT, CONVERSATION, PAIR)
+TEXT, CONVERSATION, PAIR, PROMPT = TextForm(), ConversationForm(), PairForm(), PromptForm()
+FORMS: tuple[Form, ...] = (TEXT, CONVERSATION, PAIR, PROMPT)  # a file whose rows fit several is taken for the first
 
 
 def start_document(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:
