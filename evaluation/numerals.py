@@ -49,4 +49,4 @@ def last_number(text: str) -> Fraction | None:
 
 def same(found: Fraction, expected: Fraction) -> bool:
     """Equal to a millionth; of `expected`, where that is smaller than 1. Programs write 0.30000000000000004."""
-    return abs(found - expected) <= CLOSE * min(1, abs(expected))
+    return abs(found - expected) <= CLOSE * min(Fraction(1), abs(expected))
