@@ -23,7 +23,8 @@ from typing import NamedTuple, cast
 from dataset.chat import JSON
 
 CHILD = Path(__file__).with_name("child.py")
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+SAME_EACH_TIME = dict.fromkeys(THREADS, "1") | {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
 
 
 class ToolError(Exception):
@@ -88,9 +89,9 @@ class Sandbox:
     def run(self, request: str, folder: str) -> bytes:
         """Start the child, give it the request, and take the one line it answers with. It is over when this returns."""
         read, write = os.pipe()
-        environment = {"PATH": os.defpath, "HOME": folder, "LC_ALL": "C.UTF-8"} | ONE_THREAD  # no keys of the user's
+        environment = SAME_EACH_TIME | {"PATH": os.defpath, "HOME": folder}  # no keys of the user's
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(CHILD), str(write)],
+            [sys.executable, "-s", "-P", "-S", str(CHILD), str(write)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
