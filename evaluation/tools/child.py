@@ -1,9 +1,9 @@
 """The process that runs a user's tool for one call: a request as JSON on stdin, one line of JSON to a pipe.
 
-Run by sandbox.py as `python -s -P -S child.py FD`, and by itself: nothing of ours is imported here. In order: the kernel's
-namespaces where it gives them to this user (no network, its own processes, all file systems read-only but a small one
-of its own), no capabilities, setrlimit, and hooks within Python that refuse what the kernel may not. The hooks are a
-hurdle and no wall: code that means harm gets around them.
+Run by sandbox.py as `python -s -P -S child.py FD`, and by itself: nothing of ours is imported here. In order: the
+kernel's namespaces where it gives them to this user (no network, its own processes, all file systems read-only but a
+small one of its own), no capabilities, setrlimit, and hooks within Python that refuse what the kernel may not. The
+hooks are a hurdle and no wall: code that means harm gets around them.
 """
 
 import ctypes
