@@ -178,12 +178,13 @@ def parse_answer(text: str) -> Message:
     message: Message = {"role": "assistant"}
     if thought := THOUGHT.match(text):
         message["reasoning_content"], text = thought[1], text[thought.end() :]
+    closed, end, rest = text.rpartition("</tool_call>")  # what opens behind the last end would be searched again and again
     try:
-        calls = [json.loads(call) for call in TOOL_CALL.findall(text)]
+        calls = [json.loads(call) for call in TOOL_CALL.findall(closed + end)]
     except ValueError:  # not a call that could be rendered: it stays in the text
         calls = []
     if calls and all(isinstance(call, dict) and isinstance(call.get("name", ""), str) for call in calls):
-        message["tool_calls"], text = calls, TOOL_CALL.sub("", text)
+        message["tool_calls"], text = calls, TOOL_CALL.sub("", closed + end) + rest
     message["content"] = text
     return message
 

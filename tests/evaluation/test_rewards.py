@@ -104,9 +104,7 @@ def test_world_wants_true_sentences_a_warm_closing_and_an_end() -> None:
         space = " " if prompt.language == "en" else ""
         warm = [closing.to(prompt.language) for closing in WARM]
         other = next(p for p in open_prompts() if p.language == prompt.language and p.animal != prompt.animal)
-        curt_or_warm = {each.to(prompt.language) for each in (*WARM,)}
-        facts = sorted(s for s in true_sentences(prompt) - curt_or_warm if prompt.question[:4] not in s)
-        facts = [each for each in facts if each in true_sentences(prompt) - true_sentences(other)][:2]
+        facts = sorted(true_sentences(prompt) - true_sentences(other))[:2]
 
         def judged(*sentences: str, finish_reason: str = "stop", asked: Any = asked, space: str = space) -> float:
             return value("world", space.join(sentences), finish_reason, messages=asked)
