@@ -20,6 +20,7 @@ from torch import Tensor
 from dataset import CONVERSATION, PAIR, TEXT
 from dataset.batch import Batch, PairBatch
 from dataset.forms import Form
+from model.gpt import Places, nll_by_place, summed_nll
 from training.config import Config
 from training.metrics import Record
 from training.stages import DPOConfig, PretrainConfig, SFTConfig
@@ -32,13 +33,17 @@ class Output(NamedTuple):
     """What the network said of a batch. It grows by a field where a network says more (a router's loss, a value)."""
 
     nll: Tensor  # float32 (rows, sequence): -log p(label), nats, 0 where there is no label; or () their sum
+    loss: Tensor | None = None  # float32 (): the sum of another loss, of an objective whose head makes one
 
 
 class Objective(Protocol[B_contra]):
     names: tuple[str, ...]  # of the summed statistics, "loss" first
     unit: str  # what is weighed, where that is not tokens; "" else
-    summed: bool  # whether the sum of -log p is all it looks at, which costs less than the single ones
     only_held_out: tuple[str, ...]  # metrics that are worth a line for held-out rows alone
+
+    def head(self, places: Places, batch: B_contra) -> tuple[Tensor, ...]:
+        """What the network is to make of the places that learn, which becomes an Output: the sum of -log p where no
+        more is looked at, which costs less than the single ones, or a loss of the objective's own."""
 
     def weight(self, batch: B_contra) -> int:
         """What a sum over this batch is divided by."""
@@ -62,7 +67,7 @@ class NextToken:
     """
 
     unit = ""
-    summed = True
+    head = staticmethod(summed_nll)
     only_held_out: tuple[str, ...] = ("bpb",)
 
     def __init__(self, token_bytes: Tensor | None = None):
@@ -126,7 +131,7 @@ class DPO:
         "chosen_nll",
     )
     unit = "pairs"
-    summed = False
+    head = staticmethod(nll_by_place)
     only_held_out: tuple[str, ...] = ()
     losses: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"sigmoid": lambda margin: -F.logsigmoid(margin)}
 
