@@ -54,13 +54,16 @@ class Teacher:
     @torch.no_grad()
     def ask(self, batch: Batch, like: Tensor) -> Said:
         """Of a batch that is on its device; computed in the type of `like`, where that is."""
-        if self.network is None:
-            self.network = assemble(self.config, self.weights(), like.device, like.dtype).requires_grad_(False)
-            if self.compiled:
-                self.network.compile_parts()
+        network = self.network or self.load(like.device, like.dtype)
         layout = Layout(batch.cu_seqlens, batch.longest)
-        hidden = self.network.model(batch.input_ids, batch.position_ids, layout).flatten(0, 1)
-        return Said(hidden.index_select(0, batch.learnt), self.network.head_weight)
+        hidden = network.model(batch.input_ids, batch.position_ids, layout).flatten(0, 1)
+        return Said(hidden.index_select(0, batch.learnt), network.head_weight)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> GPT:
+        self.network = assemble(self.config, self.weights(), device, dtype).requires_grad_(False)
+        if self.compiled:
+            self.network.compile_parts()
+        return self.network
 
     def let_go(self) -> None:
         """Its memory; a later question takes it again."""
