@@ -208,7 +208,7 @@ class GPT(nn.Module):
         *,
         layout: Layout | None = None,
         learnt: Tensor | None = None,
-        head: "Head | None" = None,
+        criterion: "Criterion | None" = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Logits (batch, sequence, vocabulary); or, with labels, the losses of the single tokens.
 
@@ -221,7 +221,7 @@ class GPT(nn.Module):
                 ignored places; the logits are made and dropped a chunk of tokens at a time.
             layout: where the documents lie that position_ids tell of: it changes no number, but the time.
             learnt: int64 (supervised,), the places of the rows laid end to end that have a label; else looked for.
-            head: what to make of the places that learn instead, of their hidden states and the head's weight; the
+            criterion: what to make of the places that learn instead, of their hidden states and the head's weight; the
                 result is what it gives. `summed_nll` gives the sum, without a second head product for the gradient.
         """
         hidden = self.model(input_ids, position_ids, layout)
@@ -233,7 +233,7 @@ class GPT(nn.Module):
         hidden, targets = hidden.flatten(0, 1).index_select(0, learnt), labels.flatten().index_select(0, learnt)
         places = Places(hidden, weight, targets, learnt, labels.shape, self.compiled)
         with torch.autocast(labels.device.type, enabled=False):  # as in the backward pass: compiled, they share a graph
-            return nll_by_place(places)[0] if head is None else head(places)
+            return nll_by_place(places)[0] if criterion is None else criterion(places)
 
 
 class Role(Enum):
@@ -318,7 +318,7 @@ def as_it_is(function: Callable[..., Losses]) -> Callable[..., Losses]:
 
 
 class Places(NamedTuple):
-    """The places that learn, of rows laid end to end: what a head makes its loss of."""
+    """The places that learn, of rows laid end to end: what a criterion makes its loss of."""
 
     hidden: Tensor  # (tokens, dim), in the type that products are computed in
     weight: Tensor  # (vocabulary, dim), the head's, in the same
@@ -333,12 +333,12 @@ class Places(NamedTuple):
 
 
 ChunkLoss = Callable[[Tensor, slice], Losses]  # of a chunk's logits, and which of the places it is
-Head = Callable[[Places], tuple[Tensor, ...]]
+Criterion = Callable[[Places], tuple[Tensor, ...]]
 
 
 def nll_by_place(places: Places, batch: object = None) -> tuple[Tensor]:
-    """-log p(target) at every place, nats, 0 where there is none: float32 (rows, sequence). `batch`, which other heads
-    look at, says no more here."""
+    """-log p(target) at every place, nats, 0 where there is none: float32 (rows, sequence). `batch` is what other
+    criteria look at."""
     nll = ChunkedNLL.apply(places.hidden, places.weight, places.cross_entropy())
     everywhere = torch.zeros(places.shape.numel(), device=nll.device)
     return (everywhere.index_copy(0, places.learnt, nll).view(places.shape),)

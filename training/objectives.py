@@ -36,7 +36,7 @@ class Output(NamedTuple):
     """What the network said of a batch. It grows by a field where a network says more (a router's loss, a value)."""
 
     nll: Tensor  # float32 (rows, sequence): -log p(label), nats, 0 where there is no label; or () their sum
-    loss: Tensor | None = None  # float32 (): the sum of another loss, of an objective whose head makes one
+    loss: Tensor | None = None  # float32 (): the sum of another loss, of an objective whose criterion makes one
 
 
 class Objective(Protocol[B_contra]):
@@ -44,7 +44,7 @@ class Objective(Protocol[B_contra]):
     unit: str  # what is weighed, where that is not tokens; "" else
     only_held_out: tuple[str, ...]  # metrics that are worth a line for held-out rows alone
 
-    def head(self, places: Places, batch: B_contra) -> tuple[Tensor, ...]:
+    def criterion(self, places: Places, batch: B_contra) -> tuple[Tensor, ...]:
         """What the network is to make of the places that learn, which becomes an Output: the sum of -log p where no
         more is looked at, which costs less than the single ones, or a loss of the objective's own."""
 
@@ -70,7 +70,7 @@ class NextToken:
     """
 
     unit = ""
-    head = staticmethod(summed_nll)
+    criterion = staticmethod(summed_nll)
     only_held_out: tuple[str, ...] = ("bpb",)
 
     def __init__(self, token_bytes: Tensor | None = None):
@@ -134,7 +134,7 @@ class DPO:
         "chosen_nll",
     )
     unit = "pairs"
-    head = staticmethod(nll_by_place)
+    criterion = staticmethod(nll_by_place)
     only_held_out: tuple[str, ...] = ()
     losses: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"sigmoid": lambda margin: -F.logsigmoid(margin)}
 
@@ -210,7 +210,7 @@ class Distillation:
     ):
         self.distance, self.teacher = Distance(loss, beta, temperature, ce_weight), teacher
 
-    def head(self, places: Places, batch: Batch) -> tuple[Tensor, Tensor]:
+    def criterion(self, places: Places, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of -log p, sum of the losses); no more than a chunk of either's logits is there at a time."""
         if isinstance(batch, TaughtBatch):
             said: Said | TopK = TopK(batch.teacher_ids, batch.teacher_logps)
@@ -228,7 +228,7 @@ class Distillation:
         return batch.supervised
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Sums]:
-        assert output.loss is not None  # the head's
+        assert output.loss is not None  # the criterion's
         return output.loss, {"loss": output.loss.detach(), "ce_loss": output.nll}
 
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:

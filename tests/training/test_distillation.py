@@ -87,8 +87,8 @@ def teacher(make_model) -> Teacher:
 
 
 def ask(network: GPT, batch: Batch, objective: Distillation) -> Output:
-    head = partial(objective.head, batch=batch)
-    return Output(*network(batch.input_ids, batch.position_ids, batch.labels, learnt=batch.learnt, head=head))
+    criterion = partial(objective.criterion, batch=batch)
+    return Output(*network(batch.input_ids, batch.position_ids, batch.labels, learnt=batch.learnt, criterion=criterion))
 
 
 def whole_logits(network: GPT, batch: Batch) -> Tensor:

@@ -80,11 +80,11 @@ class Accumulating:
 
     def ask(self, batch: Batch, objective: Objective[Any] | None = None) -> Output:
         """The one place where a batch meets the network. Without an objective it is asked for the single places."""
-        head = nll_by_place if objective is None else objective.head
+        criterion = nll_by_place if objective is None else objective.criterion
         return Output(
             *self.network(
                 batch.input_ids, batch.position_ids, batch.labels,
-                layout=layout_of(batch), learnt=batch.learnt, head=partial(head, batch=batch),
+                layout=layout_of(batch), learnt=batch.learnt, criterion=partial(criterion, batch=batch),
             )
         )  # fmt: skip
 
