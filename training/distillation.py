@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from model.gpt import Losses, cross_entropy
+from model.gpt import Losses
 
 Divergences = Literal["forward_kl", "reverse_kl", "jsd"]
 
@@ -97,7 +97,8 @@ class Distance(NamedTuple):
 
 def softened(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / T), at least in float32."""
-    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 def distilled(logits: Tensor, targets: Tensor, teacher: Tensor | TopK, distance: Distance) -> Losses:
@@ -108,7 +109,12 @@ def distilled(logits: Tensor, targets: Tensor, teacher: Tensor | TopK, distance:
     """
     log_q = softened(logits, distance.temperature)
     said = teacher.completed(log_q) if isinstance(teacher, TopK) else softened(teacher, distance.temperature)
-    soft, hard = distance.function()(said, log_q), cross_entropy(logits, targets)
-    loss = distance.share * soft.value + distance.ce_weight * hard.loss
-    gradient = (distance.share / distance.temperature) * soft.gradient + distance.ce_weight * hard.gradient
-    return Losses(loss, gradient.to(logits.dtype), hard.loss)
+    soft = distance.function()(said, log_q)
+    hard = log_q if distance.temperature == 1 else softened(logits, 1.0)
+    nll = -hard.gather(1, targets[:, None])[:, 0]
+    loss = distance.share * soft.value + distance.ce_weight * nll
+    gradient = soft.gradient * (distance.share / distance.temperature)
+    if distance.ce_weight:
+        onehot = torch.zeros_like(gradient).scatter_(1, targets[:, None], 1.0)
+        gradient += distance.ce_weight * (hard.exp() - onehot)
+    return Losses(loss, gradient.to(logits.dtype), nll)
