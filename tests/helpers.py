@@ -14,7 +14,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from dataset import FORMS
+import torch
+
+from dataset import DEFAULT_TOKENIZER, FORMS, load_tokenizer
+from model import GPT, GPTConfig, save_pretrained
 from training import STAGES, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +54,7 @@ def make_data(folder: Path, rows: int = 60, seed: int = 0) -> dict[str, Path]:
         "pretrain": write_jsonl(folder / "pretrain.jsonl", text),
         "full_sft": write_jsonl(folder / "sft.jsonl", chats),
         "dpo": write_jsonl(folder / "dpo.jsonl", pairs),
+        "distill": folder / "sft.jsonl",
     }
 
 
@@ -179,20 +183,34 @@ def run_here(stage: str, *flags: Any) -> subprocess.CompletedProcess[str]:
 
 
 def train_start(folder: Path) -> None:
-    """Data, and a model of the two stages before, for `stage_flags` to start from."""
+    """Data, a model of the two stages before, and a teacher, for `stage_flags` to start from."""
     data = make_data(folder)
     flags = ["--dim", 32, "--out_dir", folder / "start", "--cache_dir", folder / "cache", "--max_steps", 3, *PLAIN]
     train_here("pretrain", "--data_path", data["pretrain"], *flags, *TINY)
     train_here("full_sft", "--data_path", data["full_sft"], *flags)
+    make_teacher(folder / "start/teacher")
+
+
+def make_teacher(folder: Path, **shape: Any) -> Path:
+    """A model folder whose weights are far from first ones, so that it is sure of what it says."""
+    model = GPT(GPTConfig(**({"dim": 48, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64} | shape)))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter.ndim == 1) + 0.1 * torch.randn(parameter.shape, generator=generator))
+    save_pretrained(model, folder)
+    load_tokenizer(DEFAULT_TOKENIZER).save(folder)
+    return folder
 
 
 def stage_flags(base: Path, stage: str, out: Path) -> list[Any]:
     """One stage on the data and starting model of `train_start(base)`, every step logged."""
-    data = {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl", "dpo": "dpo.jsonl"}[stage]
+    data = {"pretrain": "pretrain.jsonl", "dpo": "dpo.jsonl"}.get(stage, "sft.jsonl")
     start = {
         "pretrain": TINY,
         "full_sft": ["--init_from", base / "start/pretrain_32"],
         "dpo": ["--init_from", base / "start/full_sft_32"],
+        "distill": ["--init_from", base / "start/pretrain_32", "--teacher", base / "start/teacher"],
     }[stage]
     folders = ["--data_path", base / data, "--out_dir", out, "--cache_dir", base / "cache"]
     return [*folders, "--dim", 32, "--log_interval", 1, *PLAIN, *start]

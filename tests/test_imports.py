@@ -12,7 +12,7 @@ import dataset
 import training
 from tests.helpers import ROOT
 
-ENTRIES = {"train_pretrain", "train_full_sft", "train_dpo", "eval_model"}
+ENTRIES = {"train_pretrain", "train_full_sft", "train_dpo", "train_distill", "eval_model"}
 OURS = {"model", "dataset", "evaluation", "serving", "training", "scripts", "tests"} | ENTRIES
 MAY_IMPORT = {
     "model": {"model"},

@@ -2,6 +2,7 @@
 
     NextToken   sum of -log p(next token), weight = supervised tokens
     DPO         sum over pairs of -log sigmoid(beta * margin), weight = pairs
+    Distillation    sum of how far the student is from its teacher, weight = supervised tokens
 
 An objective never calls the network: the engine does, and hands over its `Output`. It returns (loss to differentiate,
 {name: summed statistic}); `metrics` turns the sums over all micro-batches and ranks into what is logged. At the end
@@ -20,9 +21,12 @@ from torch import Tensor
 from dataset import CONVERSATION, PAIR, TEXT
 from dataset.batch import Batch, PairBatch
 from dataset.forms import Form
+from model.gpt import Places, SummedLoss, nll_by_place, summed_nll
 from training.config import Config
+from training.distillation import Distance, Divergences, TopK, distilled
 from training.metrics import Record
-from training.stages import DPOConfig, PretrainConfig, SFTConfig
+from training.stages import DistillConfig, DPOConfig, PretrainConfig, SFTConfig
+from training.teacher import Said, TaughtBatch, Teacher
 
 Sums = dict[str, Tensor]
 B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
@@ -32,13 +36,17 @@ class Output(NamedTuple):
     """What the network said of a batch. It grows by a field where a network says more (a router's loss, a value)."""
 
     nll: Tensor  # float32 (rows, sequence): -log p(label), nats, 0 where there is no label; or () their sum
+    loss: Tensor | None = None  # float32 (): the sum of another loss, of an objective whose criterion makes one
 
 
 class Objective(Protocol[B_contra]):
     names: tuple[str, ...]  # of the summed statistics, "loss" first
     unit: str  # what is weighed, where that is not tokens; "" else
-    summed: bool  # whether the sum of -log p is all it looks at, which costs less than the single ones
     only_held_out: tuple[str, ...]  # metrics that are worth a line for held-out rows alone
+
+    def criterion(self, places: Places, batch: B_contra) -> tuple[Tensor, ...]:
+        """What the network is to make of the places that learn, which becomes an Output: the sum of -log p where no
+        more is looked at, which costs less than the single ones, or a loss of the objective's own."""
 
     def weight(self, batch: B_contra) -> int:
         """What a sum over this batch is divided by."""
@@ -62,7 +70,7 @@ class NextToken:
     """
 
     unit = ""
-    summed = True
+    criterion = staticmethod(summed_nll)
     only_held_out: tuple[str, ...] = ("bpb",)
 
     def __init__(self, token_bytes: Tensor | None = None):
@@ -126,7 +134,7 @@ class DPO:
         "chosen_nll",
     )
     unit = "pairs"
-    summed = False
+    criterion = staticmethod(nll_by_place)
     only_held_out: tuple[str, ...] = ()
     losses: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"sigmoid": lambda margin: -F.logsigmoid(margin)}
 
@@ -179,6 +187,60 @@ class DPO:
         return found
 
 
+# Distillation --------------------------------------------------------------------------------------------------------
+
+
+class Distillation:
+    """To be near a teacher at every supervised token (training/distillation.py has the formulas).
+
+    teacher: asked about batches that do not bring along what it says (`TaughtBatch`).
+    """
+
+    names: tuple[str, ...] = ("loss", "ce_loss")
+    unit = ""
+    only_held_out: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        loss: Divergences = "forward_kl",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        ce_weight: float = 0.0,
+        teacher: Teacher | None = None,
+    ):
+        self.distance, self.teacher = Distance(loss, beta, temperature, ce_weight), teacher
+
+    def criterion(self, places: Places, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of -log p, sum of the losses); no more than a chunk of either's logits is there at a time."""
+        if isinstance(batch, TaughtBatch):
+            said: Said | TopK = TopK(batch.teacher_ids, batch.teacher_logps)
+        else:
+            assert self.teacher is not None
+            said = self.teacher.ask(batch, places.hidden)
+        function, targets, distance = places.compiled(distilled), places.targets, self.distance
+        loss, nll = SummedLoss.apply(
+            places.hidden, places.weight,
+            lambda logits, part: function(logits, targets[part], said.part(part), distance),
+        )  # fmt: skip
+        return nll, loss
+
+    def weight(self, batch: Batch) -> int:
+        return batch.supervised
+
+    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Sums]:
+        assert output.loss is not None  # the criterion's
+        return output.loss, {"loss": output.loss.detach(), "ce_loss": output.nll}
+
+    def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
+        """Means over tokens, nats: `ce_loss` is what SFT calls its loss; `divergence` has no T^2 in it."""
+        metrics = {name: value / max(1.0, weight) for name, value in sums.items()}
+        hard = self.distance.ce_weight * metrics["ce_loss"]
+        return metrics | {"divergence": (metrics["loss"] - hard) / self.distance.share}
+
+    def warnings(self, record: Record) -> list[str]:
+        return []
+
+
 # The stages ----------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +251,7 @@ class Stage:
     config: type[Config]
     form: Form  # of its rows
     objective: Callable[[Any], "Objective[Any]"]  # of its config
+    alone: bool = True  # whether rows and the model that is trained are all it needs: no other model stands beside it
 
     @property
     def script(self) -> str:
@@ -201,6 +264,16 @@ STAGES: dict[str, Stage] = {
         Stage(PretrainConfig, TEXT, lambda config: NextToken()),
         Stage(SFTConfig, CONVERSATION, lambda config: NextToken()),
         Stage(DPOConfig, PAIR, lambda config: DPO(config.beta, config.loss_type, config.nll_weight)),
+        Stage(
+            DistillConfig,
+            CONVERSATION,
+            lambda config: Distillation(
+                config.distill_loss, config.jsd_beta, config.distill_temperature, config.ce_weight
+            ),
+            alone=False,
+        ),
     )
 }
-"""In the order in which they are run."""
+"""In the order in which they are run; distill in the place of full_sft."""
+ALONE = {name: stage for name, stage in STAGES.items() if stage.alone}
+"""What is measured and checked without more than the sample data."""

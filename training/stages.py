@@ -54,3 +54,46 @@ class DPOConfig(ChatConfig):
         at_least=0,
         resume="refuse",
     )
+
+
+@dataclass(kw_only=True)
+class DistillConfig(SFTConfig):
+    """Fine-tuning on conversations with a larger model as teacher: the loss stands on the assistant's turns only."""
+
+    stage: ClassVar[str] = "distill"
+    teacher: str | None = flag(
+        None,
+        "folder of the model to learn from, or the name of a run in out_dir; it must have the student's vocabulary",
+        "distillation",
+        by_node=True,
+    )
+    distill_loss: Literal["forward_kl", "reverse_kl", "jsd"] = flag(
+        "forward_kl",
+        "how far the student is from its teacher at every token: KL(teacher, student), KL(student, teacher), or the "
+        "generalised Jensen-Shannon divergence between the two",
+        "distillation",
+        resume="refuse",
+    )
+    jsd_beta: float = flag(
+        0.5, "jsd: near 0 like forward_kl, near 1 like reverse_kl", "distillation", above=0, below=1, resume="refuse"
+    )
+    distill_temperature: float = flag(
+        1.0, "divides both logits in the divergence, which is multiplied by its square", "distillation", above=0,
+        resume="refuse",
+    )  # fmt: skip
+    ce_weight: float = flag(
+        0.0,
+        "share of the cross-entropy with the data's own tokens; the divergence has the rest",
+        "distillation",
+        at_least=0,
+        below=1,
+        resume="refuse",
+    )
+    teacher_top_k: int = flag(
+        0,
+        "ask the teacher ahead of training for its so many likeliest tokens, and cache them: less work and memory in "
+        "every pass, 8 bytes a token and place on disk (0: ask it in training for all)",
+        "distillation",
+        at_least=0,
+        resume="refuse",
+    )
