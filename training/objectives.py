@@ -226,11 +226,11 @@ class KTO(DPO):
         return loss, sums | {"kl": self.kl * there.sum(), "chosen_answers": there[:, 0].sum()}
 
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
-        """Means over answers, or over those of a kind; reward_accuracy is the share of answers whose reward is on its
-        side of beta * kl."""
+        """Means over answers, or over those of a kind (no number where there are none); reward_accuracy is the share of
+        answers whose reward is on its side of beta * kl."""
         chosen = sums["chosen_answers"]
-        number = {"chosen": chosen, "rejected": weight - chosen}
-        means = {name: value / max(1.0, number.get(name.partition("_")[0], weight)) for name, value in sums.items()}
+        of_kind = {"chosen": chosen or math.nan, "rejected": weight - chosen or math.nan}
+        means = {name: value / of_kind.get(name.partition("_")[0], max(1.0, weight)) for name, value in sums.items()}
         del means["chosen_answers"]
         return self.compared(means)
 

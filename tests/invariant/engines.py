@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import losses, metrics, stage_flags, train_here, train_many, train_start
 
-STAGES = ("pretrain", "full_sft", "dpo")
+STAGES = ("pretrain", "full_sft", "dpo", "kto")
 STEPS = 12
 
 

@@ -39,7 +39,9 @@ def flags_of(base: Path, stage: str, out: Path) -> list:
     return [*stage_flags(base, stage, out), *training]
 
 
-@pytest.mark.parametrize("stage,optimizer", [("pretrain", "muon"), ("full_sft", "adamw"), ("dpo", "adamw")])
+@pytest.mark.parametrize(
+    "stage,optimizer", [("pretrain", "muon"), ("full_sft", "adamw"), ("dpo", "adamw"), ("kto", "adamw")]
+)
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     base: Path, tmp_path: Path, stage: str, optimizer: str, capfd: Any
 ) -> None:
