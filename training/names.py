@@ -149,6 +149,11 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "data_seed": "--seed",
     "beta": "a flag of train_dpo.py",
     "loss_type": "a flag of train_dpo.py",
+    "pref_beta": "--beta | a flag of train_dpo.py: --beta",
+    "pref_loss": "--loss_type | a flag of train_dpo.py: --loss_type",
+    "pref_ftx": "--nll_weight | a flag of train_dpo.py: --nll_weight",
+    "rpo_alpha": "--nll_weight | a flag of train_dpo.py: --nll_weight",
+    "cpo_alpha": "--nll_weight | a flag of train_dpo.py: --nll_weight",
     # the machine
     "device_type": "--device",
     "use_cpu": "--device cpu",
@@ -217,8 +222,8 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "load_in_4bit": NOT_HERE + "weights are not quantized",
     "load_in_8bit": NOT_HERE + "weights are not quantized",
     "teacher_hidden_size": NOT_HERE + "models are not distilled",
-    "num_generations": NOT_HERE + "DPO is the only preference training; nothing samples while it trains",
-    "reward_model_path": NOT_HERE + "DPO is the only preference training; nothing samples while it trains",
+    "num_generations": NOT_HERE + "preferences are learnt from rows; nothing samples while it trains",
+    "reward_model_path": NOT_HERE + "preferences are learnt from rows; nothing samples while it trains",
     # talking
     "temperature": "a flag of eval_model.py",
     "top_k": "a flag of eval_model.py",
