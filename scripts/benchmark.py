@@ -33,12 +33,13 @@ from dataset.loader import PairRows
 from dataset.records import expand_paths, form_of
 from model import generate
 from scripts import benchmark_report as report
-from scripts.benchmark_baseline import LOSSES, TheirGeneration, Theirs, their_batches
+from scripts.benchmark_baseline import TheirGeneration, Theirs, has_baseline, their_batches
 from scripts.benchmark_clock import Rates, Timed, Turns, Work, products, wait
 from scripts.benchmark_profile import profiled
 from training import ALONE, build_engine, load_config
 from training.config import Config
 from training.engines import Machine
+from training.loop import informed
 from training.metrics import known_peak
 from training.objectives import Objective
 from training.setup import Data, Start, load_data, run_stage, start_machine, starting_model
@@ -94,7 +95,7 @@ def load(config: Config, machine: Machine) -> tuple[Start[Any], Data]:
     start = starting_model(config)
     with contextlib.redirect_stdout(sys.stderr):
         data = load_data(start, machine)
-    for rows in (loader.rows for loader in data.parts):
+    for rows in (rows for loader in data.parts for rows in (loader.rows, loader.rows.beside)):
         if isinstance(rows, PairRows):  # any numbers are as fast
             rows.reference = np.zeros((rows.n_pairs, 2), dtype=np.float32)
     return start, data
@@ -111,10 +112,12 @@ class Ours:
         self.engine = build_engine(start.model, start.config, machine, start.weights)
 
     def prepare(self, step: int) -> Callable[[], Work]:
-        return partial(self.update, self.loader.update(step * self.loader.rows_per_update))
+        position = step * self.loader.rows_per_update
+        return partial(self.update, position, self.loader.update(position))
 
-    def update(self, batches: list[Any]) -> Work:
-        totals = self.engine.forward_backward(batches, self.objective)
+    def update(self, position: int, batches: list[Any]) -> Work:
+        objective = informed(self.engine, self.objective, self.loader, [position])
+        totals = self.engine.forward_backward(batches, objective)
         self.engine.step(self.learning_rate)
         here = float(sum(batch.real_tokens for batch in batches))
         return Work(self.engine.sum_over_ranks([here])[0] / self.engine.world.model_size, totals.read().weight)
@@ -131,7 +134,7 @@ def training_line(start: Start[Any], data: Data, machine: Machine, baseline: boo
     rates = Rates(products(start.model), data.train.batch_size * row, machine.device, machine.dtype)
     turns = Turns(machine.device, rates.measure)
     turns.start("ours", lambda: Ours(start, data, machine, objective))
-    if baseline and type(objective) in LOSSES:
+    if baseline and has_baseline(objective):
         turns.start("theirs", lambda: Theirs(start, data, machine, objective))
     for step in range(1, config.max_steps + 1):
         turns.go_round(step)

@@ -149,6 +149,11 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "data_seed": "--seed",
     "beta": "a flag of train_dpo.py",
     "loss_type": "a flag of train_dpo.py",
+    "pref_beta": "--beta | a flag of train_dpo.py: --beta",
+    "pref_loss": "--loss_type | a flag of train_dpo.py: --loss_type",
+    "pref_ftx": "--nll_weight | a flag of train_dpo.py: --nll_weight",
+    "rpo_alpha": "--nll_weight | a flag of train_dpo.py: --nll_weight",
+    "cpo_alpha": "--nll_weight | a flag of train_dpo.py: --nll_weight",
     # the machine
     "device_type": "--device",
     "use_cpu": "--device cpu",
@@ -224,8 +229,8 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "student_num_layers": "--n_layers",
     "from_student_weight": "--init_from FOLDER",
     "alpha": "--ce_weight | train_distill.py has the share of the cross-entropy as --ce_weight",
-    "num_generations": NOT_HERE + "DPO is the only preference training; nothing samples while it trains",
-    "reward_model_path": NOT_HERE + "DPO is the only preference training; nothing samples while it trains",
+    "num_generations": NOT_HERE + "preferences are learnt from rows; nothing samples while it trains",
+    "reward_model_path": NOT_HERE + "preferences are learnt from rows; nothing samples while it trains",
     # talking
     "temperature": "--distill_temperature in train_distill.py | a flag of eval_model.py",
     "top_k": "a flag of eval_model.py",

@@ -1,5 +1,6 @@
 """DPO's reference: what the frozen starting model thinks of every answer, computed once and cached.
 
+    prepare_reference(loader, objective, engine, config, start_hash)    where the loss has one, and nothing where not
     fill_reference(loader, engine, config, start_hash)    loader.rows.reference = float32 (pairs, 2), nats
 
 It is two more columns of the batch, chosen and rejected, so that the loss is a pure function of tensors and no second
@@ -23,10 +24,20 @@ from dataset.progress import Progress
 from training import checkpoint
 from training.config import Config
 from training.engines.contract import Engine
-from training.objectives import answer_logps
+from training.objectives import DPO, answer_logps
 
 VERSION = 2  # raise it when the same model and pairs give other numbers, so that old caches are left alone
 LARGER = 4  # times the rows of training are asked about at once: no gradient takes memory
+
+
+def prepare_reference(loader: Loader, objective: DPO, engine: Engine, config: Config, start_hash: str) -> None:
+    """The reference of a loader's rows and of those beside them; for a loss without one nobody is asked."""
+    for each in filter(None, (loader, loader.beside)):
+        if objective.loss.reference:
+            fill_reference(each, engine, config, start_hash)
+        else:
+            assert isinstance(each.rows, PairRows)
+            each.rows.reference = np.zeros((each.rows.n_pairs, 0), dtype=np.float32)
 
 
 def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: str) -> None:

@@ -255,7 +255,7 @@ def load_parts(start: Start[Any], show: bool) -> tuple[Rows | None, Rows | None]
     config = start.config
     build = partial(
         build_parts,
-        STAGES[config.stage].form,
+        STAGES[config.stage].form_for(config),
         tokenizer=start.tokenizer,
         max_seq_len=start.max_seq_len,
         on_bad_row=config.on_bad_row,

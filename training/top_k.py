@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from dataset import Loader
-from dataset.loader import EMPTY_ROW, TextRows, fitting, supervised
+from dataset.loader import EMPTY_ROW, Rows, TextRows, fitting, supervised
 from dataset.progress import Progress
 from model.gpt import chunks
 from training.distillation import TopK, softened
@@ -33,6 +33,8 @@ class TaughtRows:
 
     first: int64 (rows + 1,), where each row's places begin in `known`, which has those of all rows one after another.
     """
+
+    beside: Rows | None = None
 
     def __init__(self, rows: TextRows, first: np.ndarray, known: TopK):
         self.rows, self.first, self.known = rows, first, known

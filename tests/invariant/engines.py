@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import losses, metrics, stage_flags, train_here, train_many, train_start
 
-STAGES = ("pretrain", "full_sft", "dpo", "distill")
+STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill")
 Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
 STEPS = 12
 

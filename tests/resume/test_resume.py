@@ -40,7 +40,8 @@ def flags_of(base: Path, stage: str, out: Path) -> list:
 
 
 @pytest.mark.parametrize(
-    "stage,optimizer", [("pretrain", "muon"), ("full_sft", "adamw"), ("dpo", "adamw"), ("distill", "adamw")]
+    "stage,optimizer",
+    [("pretrain", "muon"), ("full_sft", "adamw"), ("dpo", "adamw"), ("kto", "adamw"), ("distill", "adamw")],
 )
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     base: Path, tmp_path: Path, stage: str, optimizer: str, capfd: Any
