@@ -2,7 +2,7 @@
 
     save_adapter(adapter, weights, "out/full_sft_512")     PeftModel.from_pretrained(base, folder) opens it
     base_folder("out/full_sft_512")                        Path("out/pretrain_512")
-    load_adapter("out/full_sft_512", config)               LoRA(rank=16, ...), {"model.layers.0...lora_A": (16, 512), ...}
+    load_adapter("out/full_sft_512", config)               LoRA(rank=16, ...), {"model.layers.0...lora_A": ..., ...}
 
 What PEFT saves is read the same way, where it is of a kind in ADAPTERS.
 """
@@ -87,7 +87,7 @@ def load_adapter(folder: str | Path, config: GPTConfig) -> tuple[Adapter, dict[s
     ours = {their: our for our, their in kind.theirs.items()}
     found = {our_name(name, ours): name for name in file.keys()}  # noqa: SIM118  # not a dict
     try:
-        adapter = kind.from_peft(settings, found, config.n_layers)
+        adapter: Adapter = kind.from_peft(settings, found, config.n_layers)
         with torch.device("meta"):
             learnt = [(name, p.shape) for name, p in GPT(config, adapter).named_parameters() if p.requires_grad]
     except KeyError as missing:

@@ -6,14 +6,15 @@
     merged(weights, adapter, learnt)              -> weights of a plain network that says what the adapted one says
 
 A module changes its class where it stands: its `weight` keeps name and place, so that everything that goes by names
-(files, roles, sharding) finds what it found before. A kind of adapter is a class with the methods of `Adapter`, and its
-line in ADAPTERS.
+(files, roles, sharding) finds what it found before. A kind of adapter is a subclass of `Adapter` and its line in
+ADAPTERS.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,33 +30,46 @@ MATRICES = ("lora_A", "lora_B")  # names of parameters that multiply
 A, B, MAGNITUDE, ROWS = "lora_A", "lora_B", "lora_magnitude_vector", "trainable_tokens_delta"
 
 
-class Adapter(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Adapter(ABC):
     """One adapter's settings, and what follows from them."""
 
     kind: ClassVar[str]
     theirs: ClassVar[dict[str, str]]  # PEFT's ends of the names of parameters, by ours
 
-    @property
-    def base(self) -> str:
-        """The model folder that it stands on."""
+    dropout: float = 0.0
+    tokens: tuple[int, ...] = ()  # those whose rows of embedding and head are learnt
+    base: str = ""  # the model folder that it stands on
 
+    @abstractmethod
     def install(self, network: nn.Module) -> None:
         """Give modules their new parameters, in place and without values."""
 
+    @abstractmethod
     def first(self, name: str, weight: Tensor, generator: torch.Generator) -> Iterator[Named]:
         """First values of the parameters that stand beside the one of this name: the network says what it said."""
 
+    @abstractmethod
     def merge(self, name: str, weight: Tensor, learnt: Mapping[str, Tensor]) -> Tensor:
         """The parameter of this name that does without those beside it."""
 
+    @abstractmethod
     def to_peft(self) -> Settings: ...
+
+    @classmethod
+    @abstractmethod
+    def from_peft(cls, settings: Settings, names: Iterable[str], n_layers: int) -> "Adapter":
+        """names: of the parameters that were saved, ours.
+
+        Raises KeyError where a setting is missing, and ValueError for what there is no place for.
+        """
 
 
 # LoRA ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LoRA:
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Adapter):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, section 4.1): y = W x + s B A x, with s = alpha / rank.
 
     rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732). dora: the rows of W + s B A are scaled to a
@@ -67,12 +81,9 @@ class LoRA:
 
     rank: int = 16
     alpha: float = 32.0
-    dropout: float = 0.0  # of what enters A
     targets: tuple[str, ...] = LINEAR  # last parts of the names of linear layers, or whole names
     rslora: bool = False
     dora: bool = False
-    tokens: tuple[int, ...] = ()  # those whose rows of embedding and head are learnt
-    base: str = ""
 
     @property
     def scale(self) -> float:
@@ -88,12 +99,11 @@ class LoRA:
         for target in self.targets:
             if not any(LoRA(targets=(target,)).adapts(path) for path, _ in linear):
                 raise ValueError(f"{target!r} names no linear layer of a block; there are {', '.join(LINEAR)}")
-        for path, module in linear:
+        for path, layer in linear:
             if self.adapts(path):
-                LoRALinear.of(module, self)
-        for path in VOCABULARY if self.tokens else ():
-            module = dict(network.named_modules()).get(path)
-            if module is not None:
+                LoRALinear.of(layer, self)
+        for path, module in list(network.named_modules()) if self.tokens else ():
+            if path in VOCABULARY:
                 LearntRows.of(module, self.tokens)
 
     def first(self, name: str, weight: Tensor, generator: torch.Generator) -> Iterator[Named]:
@@ -119,7 +129,7 @@ class LoRA:
         return weight
 
     def to_peft(self) -> Settings:
-        rows = dict.fromkeys((path.rpartition(".")[2] for path in VOCABULARY), list(self.tokens))
+        rows = {path.rpartition(".")[2]: list(self.tokens) for path in VOCABULARY}
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -139,10 +149,7 @@ class LoRA:
 
     @classmethod
     def from_peft(cls, settings: Settings, names: Iterable[str], n_layers: int) -> "LoRA":
-        """names: of the parameters that were saved, which say what is adapted where PEFT keeps a pattern.
-
-        Raises KeyError where a setting is missing, and ValueError for what there is no place for.
-        """
+        """What is adapted is read off the names, where PEFT may have kept a pattern."""
         adapted = [name.rpartition(".")[0] for name in names if name.endswith(f".{B}")]
         plain = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}}
         plain |= {"alpha_pattern": {}, "layer_replication": None, "target_parameters": None, "lora_bias": False}
@@ -248,7 +255,7 @@ def effective_weight(module: nn.Linear | nn.Embedding) -> Tensor:
 
 # All kinds ----------------------------------------------------------------------------------------------------------
 
-ADAPTERS = {"lora": LoRA}
+ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA}
 
 
 def install(adapter: Adapter, network: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What the files of a model folder have in common: JSON that is whole or not there, safetensors, and what must be in it."""
+"""What the files of a model folder have in common: JSON that is whole or not there, and safetensors."""
 
 import json
 import os
