@@ -9,7 +9,7 @@ What PEFT saves is read the same way, where it is of a kind in ADAPTERS.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -74,6 +74,14 @@ def base_folder(folder: str | Path) -> Path:
         f"{folder / CONFIG} says that it stands on {name!r}, which is no model folder here; put it there, or give its "
         "folder as base_model_name_or_path in that file"
     )
+
+
+def tokenizer_folder(folder: str | Path, adapters: Sequence[str | Path] = ()) -> Path:
+    """Where the tokenizer is of a model with these adapters: what was trained last says how it chats, but PEFT saves no
+    tokenizer."""
+    base = [base_folder(folder)] if is_adapter(folder) else []
+    stacked = [*base, Path(folder), *map(Path, adapters)]
+    return next((each for each in reversed(stacked) if any(each.glob("tokenizer*"))), Path(folder))
 
 
 def load_adapter(folder: str | Path, config: GPTConfig) -> tuple[Adapter, dict[str, Tensor]]:

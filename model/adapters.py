@@ -160,12 +160,12 @@ class LoRA(Adapter):
         kinds = list(rows.values()) if isinstance(rows, dict) else [rows]
         if any(each != kinds[0] for each in kinds):
             raise ValueError("found trainable_token_indices that differ between modules, expected the same for all")
-        short = tuple(dict.fromkeys(path.rpartition(".")[2] for path in adapted))
+        short = tuple(name for name in LINEAR if any(path.endswith(f".{name}") for path in adapted))
         return cls(
             rank=settings["r"],
             alpha=settings["lora_alpha"],
             dropout=settings.get("lora_dropout") or 0.0,
-            targets=short if len(adapted) == len(short) * n_layers else tuple(adapted),
+            targets=short if len(adapted) == len(short) * n_layers else tuple(sorted(adapted)),
             rslora=bool(settings.get("use_rslora")),
             dora=bool(settings.get("use_dora")),
             tokens=tuple(kinds[0]),

@@ -98,8 +98,6 @@ def assemble(
     with torch.device("meta"):
         model = GPT(config, adapter)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights}, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     return model.eval()
 
 

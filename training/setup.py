@@ -16,7 +16,7 @@ from dataset.loader import ENDLESS, Rows, describe, fitting
 from dataset.records import one_line
 from dataset.tokenizer import HFTokenizer, TextTokenizer
 from model import GPT, GPTConfig
-from model.adapter_folder import is_adapter
+from model.adapter_folder import is_adapter, tokenizer_folder
 from model.folder import folder_weights
 from model.folder import load_config as load_model_config
 from model.gpt import fresh_weights
@@ -96,7 +96,7 @@ def starting_model(asked: C) -> Start[C]:
     contradicts the folder, the vocabulary is smaller than the tokenizer's, or nothing says how the model chats.
     """
     init = starting_folder(asked)
-    folder_of_tokenizer = asked.tokenizer or (DEFAULT_TOKENIZER if init == "none" else init)
+    folder_of_tokenizer = asked.tokenizer or (DEFAULT_TOKENIZER if init == "none" else tokenizer_folder(init))
     tokenizer = load_tokenizer(folder_of_tokenizer, asked.chat_template if isinstance(asked, ChatConfig) else None)
     if isinstance(asked, ChatConfig) and not tokenizer.has_chat_template:
         raise ValueError(
