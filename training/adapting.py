@@ -33,9 +33,11 @@ def adapter_of(asked: Config, init: str, tokenizer: TextTokenizer, shape: GPTCon
             f"--adapter {asked.adapter} leaves the model's own weights as they are, and random ones are worth nothing; "
             "give the model to start from with --init_from FOLDER_OR_RUN"
         )
-    if is_adapter(init):
-        return found_adapter(asked, init, shape)
-    kind = ADAPTERS[asked.adapter]
+    return found_adapter(asked, init, shape) if is_adapter(init) else new_adapter(asked, init, tokenizer)
+
+
+def new_adapter(asked: Config, init: str, tokenizer: TextTokenizer) -> Adapter:
+    kind = ADAPTERS[asked.adapter or ""]
     wanted = asked.train_control_tokens
     if wanted is None:  # a pretrained model has never seen them, any other has
         wanted = asked.chats and stage_of(Path(init)) == "pretrain"
