@@ -108,16 +108,18 @@ def test_all_blocks_share_one_graph_without_a_break_whatever_the_packing(
     engine = Counting(make(adapter), PretrainConfig(compile=True, **flags), MACHINE)
     torch._dynamo.utils.counters.clear()
     update(12)
-    assert graphs.made == 2  # for all blocks, and for the loss
+    # for all blocks, and for the loss; of a frozen embedding nothing is asked back, so the first block has its own
+    made = 3 if adapter is not None and not adapter.tokens else 2
+    assert graphs.made == made
     update(3, 4, 5)
     with engine.generator() as network:
         generate(network, [[5, 6, 7], [8]], max_new_tokens=5, temperature=0)
     update(6, 6)
-    assert graphs.made == 2
+    assert graphs.made == made
     assert not torch._dynamo.utils.counters["graph_break"]
     evaluated = [engine.evaluate([packed(5, 7)], NextToken()).sums for _ in range(2)]
     update(2, 10)
-    assert graphs.made == 3 and evaluated[0] == evaluated[1]  # the blocks' second one, without dropout and gradients
+    assert graphs.made == made + 1 and evaluated[0] == evaluated[1]  # the blocks' second one, without dropout and gradients
 
 
 def test_compiled_blocks_learn_what_others_do() -> None:
