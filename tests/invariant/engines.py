@@ -7,24 +7,24 @@ from safetensors.torch import load_file
 
 from tests.helpers import LORA, losses, metrics, stage_flags, train_here, train_many, train_start
 
-LORA_RUN = "full_sft_lora"
-DPO_RUN = "dpo_lora"  # goes on with what that one has learnt
-STAGES = ("pretrain", "full_sft", "dpo", LORA_RUN, DPO_RUN)
+STAGES = ("pretrain", "full_sft", "dpo", "dpo_lora")
+LORA_START = "full_sft_lora"  # whose adapter the last goes on with
 STEPS = 12
 
 
 def train_alone(folder: Path) -> None:
     """Data, a model of the two stages before, and what one process makes of eight rows an update."""
     train_start(folder)
-    for stage in STAGES:
-        train_here(*run_of(folder, stage, "single", "--batch_size", 8))
+    for run in (*STAGES[:-1], LORA_START, STAGES[-1]):
+        stage, flags = run_of(folder, run, "single", "--batch_size", 8)
+        train_here(stage, *flags)
 
 
 def run_of(base: Path, run: str, name: str, *flags: object) -> tuple[str, list]:
     """A stage and its flags."""
     stage = run.removesuffix("_lora")
     if run != stage:
-        start = [] if run == LORA_RUN else ["--init_from", base / "single" / f"{LORA_RUN}_32"]
+        start = [] if run == LORA_START else ["--init_from", base / "single" / f"{LORA_START}_32"]
         flags = (*flags, "--run_name", f"{run}_32", *start, *LORA)
     # validation rows are fewer than ranks, and only rank 0 writes samples: neither may leave a rank behind
     steps = [
@@ -57,7 +57,7 @@ def same_as_alone(base: Path, name: str, stage: str) -> None:
     assert spread == pytest.approx(alone, rel=1e-5)
     val = [[r["val_loss"] for r in metrics(base / folder, stage) if "val_loss" in r] for folder in ("single", name)]
     assert len(val[0]) == STEPS // 4 and val[1] == pytest.approx(val[0], rel=1e-5)
-    file = "adapter_model.safetensors" if stage in (LORA_RUN, DPO_RUN) else "model.safetensors"
+    file = "adapter_model.safetensors" if stage == "dpo_lora" else "model.safetensors"
     weights = [load_file(base / folder / f"{stage}_32" / file) for folder in ("single", name)]
     assert weights[0].keys() == weights[1].keys()
     for key, tensor in weights[0].items():

@@ -119,7 +119,9 @@ def test_all_blocks_share_one_graph_without_a_break_whatever_the_packing(
     assert not torch._dynamo.utils.counters["graph_break"]
     evaluated = [engine.evaluate([packed(5, 7)], NextToken()).sums for _ in range(2)]
     update(2, 10)
-    assert graphs.made == made + 1 and evaluated[0] == evaluated[1]  # the blocks' second one, without dropout and gradients
+    assert (
+        graphs.made == made + 1 and evaluated[0] == evaluated[1]
+    )  # the blocks' second one, without dropout and gradients
 
 
 def test_compiled_blocks_learn_what_others_do() -> None:
