@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.adapters import MATRICES, Adapter, effective_weight, install
 from model.attention import Context, Layout, attend, prepare
 from model.config import GPTConfig
 
@@ -63,9 +64,10 @@ class RMSNormOnCPU(torch.autograd.Function):
         return weight * normal
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         normal, scale, weight = ctx.saved_tensors
-        grad_weight = (grad * normal).flatten(0, -2).sum(0, dtype=weight.dtype)
+        learnt = ctx.needs_input_grad[1]  # not beside an adapter
+        grad_weight = (grad * normal).flatten(0, -2).sum(0, dtype=weight.dtype) if learnt else None
         grad = grad.float() * weight
         along = torch.linalg.vecdot(grad, normal.float()).unsqueeze(-1) / normal.shape[-1]
         return grad.addcmul_(normal, along, value=-1).mul_(scale).to(normal.dtype), grad_weight, None
@@ -157,11 +159,14 @@ def computed_in(weight: Tensor) -> torch.dtype:
 
 
 class GPT(nn.Module):
-    """The whole network. Fresh weights come from torch's global generator: seed it for repeatable ones."""
+    """The whole network. Fresh weights come from torch's global generator: seed it for repeatable ones.
 
-    def __init__(self, config: GPTConfig):
+    With an adapter, its parameters alone are learnt; they have no values yet (model.adapters.begun makes first ones).
+    """
+
+    def __init__(self, config: GPTConfig, adapter: Adapter | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.adapter = config, adapter
         self.model = Decoder(config)
         # tied: the embedding is the head, and there is no second name for it anywhere, files included
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -169,14 +174,26 @@ class GPT(nn.Module):
         roles = self.roles()
         for name, parameter in self.named_parameters():
             init_weight(name, parameter, roles[name], config)
+        if adapter is not None:
+            install(adapter, self)
 
     @property
     def head_weight(self) -> Tensor:
         """(vocabulary, dim)."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        module = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return module.weight if self.adapter is None else effective_weight(module)
 
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+    def num_parameters(self, learnt: bool = False) -> int:
+        """Of all, or of those that are learnt."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad or not learnt)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """As of `GPTConfig`. Beside an adapter no gradient of the other matrices is made, 2 N of their 6 N; its own are
+        counted like theirs."""
+        flops = self.config.flops_per_token(seq_len)
+        if self.adapter is None:
+            return flops
+        return flops - 2.0 * self.config.multiplied() + 6.0 * self.num_parameters(learnt=True)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks in order: what is sharded, compiled or recomputed one by one."""
@@ -241,6 +258,7 @@ class Role(Enum):
 
     HIDDEN = "hidden matrix"
     EMBEDDING = "embedding"
+    ADAPTER = "adapter's matrix"
     HEAD = "head"
     NORM = "norm"
     OTHER = "other"  # of a module that is none of ours: learnt by AdamW without decay
@@ -248,7 +266,7 @@ class Role(Enum):
     @property
     def decays(self) -> bool:
         """Whether weight decay applies: on matrices that multiply, never on look-ups and scales."""
-        return self in (Role.HIDDEN, Role.HEAD)
+        return self in (Role.HIDDEN, Role.HEAD, Role.ADAPTER)
 
     @property
     def orthogonal(self) -> bool:
@@ -259,6 +277,8 @@ class Role(Enum):
 def role_in(module: nn.Module, name: str) -> Role:
     """The role of the parameter of this name that stands directly in a module."""
     kinds = {nn.Linear: Role.HIDDEN, nn.Embedding: Role.EMBEDDING, RMSNorm: Role.NORM}
+    if name in MATRICES:
+        return Role.ADAPTER
     role = next((role for kind, role in kinds.items() if isinstance(module, kind)), Role.OTHER)
     return role if name == "weight" else Role.OTHER  # a bias is none of these
 
@@ -366,13 +386,13 @@ class ChunkedNLL(torch.autograd.Function):
         return nll
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         hidden, weight = ctx.saved_tensors
-        gradient = HeadGradient(hidden, weight)
+        gradient = HeadGradient(hidden, weight, ctx.needs_input_grad[1])
         for part in chunks(hidden, weight):
             of_logits = ctx.losses(hidden[part] @ weight.T, part).gradient
             gradient.add(part, of_logits.mul_(grad[part, None]))
-        return gradient.hidden, gradient.weight.to(weight.dtype), None
+        return gradient.hidden, None if gradient.weight is None else gradient.weight.to(weight.dtype), None
 
 
 class SummedLoss(torch.autograd.Function):
@@ -385,7 +405,7 @@ class SummedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, losses: ChunkLoss
     ) -> tuple[Tensor, Tensor]:
         total, nll = torch.zeros((), device=hidden.device), torch.zeros((), device=hidden.device)
-        gradient = HeadGradient(hidden, weight) if any(ctx.needs_input_grad) else None
+        gradient = HeadGradient(hidden, weight, ctx.needs_input_grad[1]) if any(ctx.needs_input_grad) else None
         for part in chunks(hidden, weight):
             found = losses(hidden[part] @ weight.T, part)
             total += found.loss.sum()
@@ -400,23 +420,26 @@ class SummedLoss(torch.autograd.Function):
         return total, nll
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         hidden, weight = ctx.saved_tensors
-        return hidden * grad.to(hidden.dtype), (weight * grad).to(ctx.dtype), None
+        return hidden * grad.to(hidden.dtype), None if weight is None else (weight * grad).to(ctx.dtype), None
 
 
 class HeadGradient:
     """What a loss's gradient is by the head's input and weight, added up over chunks of tokens."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor):
+    def __init__(self, hidden: Tensor, weight: Tensor, learnt: bool):
+        """learnt: whether the weight's is wanted; where an adapter leaves the head as it is, it is not."""
         self.inputs = hidden, weight
         self.hidden = torch.empty_like(hidden)
-        self.weight = torch.zeros_like(weight, dtype=torch.float32)
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if learnt else None
 
     def add(self, part: slice, logits: Tensor) -> None:
         """logits: (tokens, vocabulary), the gradient by a chunk's logits."""
         hidden, weight = self.inputs
         torch.mm(logits, weight, out=self.hidden[part])
+        if self.weight is None:
+            return
         if self.weight.dtype == logits.dtype:
             self.weight.addmm_(logits.T, hidden[part])
         else:

@@ -147,7 +147,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.config, self.tokenizer, self.say = self.start.config, self.start.tokenizer, self.metrics.print
-        self.flops_per_token = self.engine.model.config.flops_per_token(self.start.max_seq_len)
+        model = self.engine.model
+        with torch.device("meta"):  # a rank may hold a part of the parameters, or none
+            self.whole = GPT(model.config, model.adapter)
+        self.flops_per_token = self.whole.flops_per_token(self.start.max_seq_len)
         # a CPU has no peak to speak of: the rate of a product depends on its size, its threads, and who else is there
         gpu = self.engine.device.type != "cpu"
         self.peak_flops = peak_flops(self.engine.device, self.engine.dtype) * self.engine.world.size if gpu else None
@@ -215,14 +218,15 @@ class Run:
     def introduction(self) -> str:
         """What is trained, on what, for how long, from where and to where: one line."""
         config, engine, world, source = self.config, self.engine, self.engine.world, self.source
-        with torch.device("meta"):  # a rank may hold a part of the parameters, or none
-            parameters = GPT(engine.model.config).num_parameters()
+        parameters = f"{self.whole.num_parameters() / 1e6:,.3f} M parameters"
+        if self.whole.adapter is not None:
+            parameters += f", {self.whole.num_parameters(learnt=True) / 1e6:,.3f} M of them learnt ({config.adapter})"
         ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
         precision = str(engine.dtype).removeprefix("torch.")
         tokens = source.rows_per_update * source.tokens_per_row
         start = f"random weights, seed {config.seed}" if config.init_from in (None, "none") else config.init_from
         return (
-            f"{config.stage}: {parameters / 1e6:,.3f} M parameters, context {self.start.max_seq_len}, "
+            f"{config.stage}: {parameters}, context {self.start.max_seq_len}, "
             f"on {engine.device} in {precision}, {engine.name} on {ranks}; "
             f"steps {self.progress.step + 1:,} to {self.total_steps:,} of {source.rows_per_update:,} rows "
             f"(about {tokens:,.0f} tokens); from {start}; into {config.run_dir}"

@@ -270,13 +270,13 @@ def edges(cls) -> list[tuple[str, float, bool]]:
     return found
 
 
-READ_BY = {  # flags that not every preference loss reads, and one that does
+READ_BY = {  # flags that are read beside others only
     "label_smoothing": {"loss_type": "robust"},
     "simpo_gamma": {"loss_type": "simpo"},
     "orpo_lambda": {"loss_type": "orpo"},
     "desirable_weight": {"loss_type": "kto"},
     "undesirable_weight": {"loss_type": "kto"},
-}
+} | {name: {"adapter": "lora"} for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")}
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
