@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import train_here
-from tests.invariant.engines import STAGES, flags_of, same_as_alone, train_all, train_alone
+from tests.invariant.engines import STAGES, run_of, same_as_alone, train_all, train_alone
 
 TORCHRUN = {
     "ddp": ["--engine", "ddp"],
@@ -23,7 +23,8 @@ FOUR = {"ddp": ["--engine", "ddp"], "fsdp, a copy a node": ["--engine", "fsdp", 
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
     train_alone(folder)
-    train_here("distill", *flags_of(folder, "distill", "top k", *TOP_K, "--batch_size", 8))
+    stage, flags = run_of(folder, "distill", "top k", *TOP_K, "--batch_size", 8)
+    train_here(stage, *flags)
     train_all(folder, TORCHRUN, ranks=2, more=[("distill", "top k", [*TOP_K, "--cache_dir", f"{folder}/none yet"])])
     train_all(folder, FOUR, ranks=4, nodes=2)
     return folder
