@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
 from dataset import Loader
 from dataset.batch import PairBatch
@@ -57,20 +58,30 @@ def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: s
     # every rank reads its own copy; where one has none, none is used, so that all have the same work left
     if all(engine.gather(path.is_file())):
         known = torch.load(path, weights_only=True).numpy()
-    seen = loader.rows_before(max(engine.gather(last_position(loader, config))))
     row_of_pair = np.repeat(np.arange(len(rows)), np.diff(rows.packing.offsets))
     unknown = np.isnan(known[rows.packing.document]).any(1)
-    missing = np.intersect1d(seen, row_of_pair[unknown]).tolist()
-    wanted = sorted(set().union(*engine.gather(missing)))  # caches of nodes may differ
+    wanted = rows_to_ask(loader, engine, config, row_of_pair[unknown])
     rows.reference = known
     if not wanted:
         return
     compute_reference(rows, wanted, engine, fitting(LARGER * config.batch_size, len(wanted), engine.world.data_size))
     if engine.world.rank == 0:
-        # a name of its own: another run may be writing the same file
-        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        torch.save(torch.from_numpy(rows.reference), part)
-        os.replace(part, path)
+        write(torch.from_numpy(rows.reference), path)
+
+
+def rows_to_ask(loader: Loader, engine: Engine, config: Config, unknown: np.ndarray) -> list[int]:
+    """Numbers of the rows, ascending, that a run will see and that are among those `unknown` to any rank."""
+    seen = loader.rows_before(max(engine.gather(last_position(loader, config))))
+    missing = np.intersect1d(seen, unknown).tolist()
+    return sorted(set().union(*engine.gather(missing)))  # caches of nodes may differ
+
+
+def write(content: Tensor | tuple[Tensor, ...], path: Path) -> None:
+    """Whole or not at all."""
+    # a name of its own: another run may be writing the same file
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    torch.save(content, part)
+    os.replace(part, path)
 
 
 def last_position(loader: Loader, config: Config) -> int:

@@ -6,8 +6,6 @@ Two more columns of the batch, so that training holds no second model. Rows that
 (they are not a number) until another run does.
 """
 
-import os
-import secrets
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ from dataset.progress import Progress
 from model.gpt import chunks
 from training.distillation import TopK, softened
 from training.engines.contract import Engine
-from training.reference import LARGER, last_position
+from training.reference import LARGER, rows_to_ask, write
 from training.stages import DistillConfig
 from training.teacher import Said, TaughtBatch, Teacher
 
@@ -90,16 +88,13 @@ def fill_top_k(loader: Loader, teacher: Teacher, engine: Engine, config: Distill
     # every rank reads its own copy; where one has none, none is used, so that all have the same work left
     if all(engine.gather(path.is_file())):
         known = read(path)
-    seen = loader.rows_before(max(engine.gather(last_position(loader, config))))
-    missing = [row for row in seen.tolist() if first[row] < first[row + 1] and known.logps[first[row]].isnan().any()]
-    wanted = sorted(set().union(*engine.gather(missing)))  # caches of nodes may differ
+    unknown = known.logps[first[:-1], 0].isnan().numpy()  # of every row's first place; no row is without one
+    wanted = rows_to_ask(loader, engine, config, np.flatnonzero(unknown))
     if wanted:
         known = TopK(*(each.clone() for each in known))  # the file's stay as they are
         ask_ahead(rows, first, wanted, known, teacher, engine, config)
         if engine.world.local_rank == 0:
-            part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-            torch.save(tuple(known), part)
-            os.replace(part, path)
+            write(tuple(known), path)
         engine.barrier()
         known = read(path)  # a page at a time, and once for all ranks of a node
     teacher.let_go()
