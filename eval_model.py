@@ -3,6 +3,7 @@
 python eval_model.py                                               the newest out/full_sft_*
 python eval_model.py --model_mode 1 --n_layers 16 --dim 768        0 pretrain, 1 full_sft, 2 dpo: out/full_sft_768
 python eval_model.py --model FOLDER --prompt "Who are you?"        one answer of any Llama- or Qwen3-family folder
+python eval_model.py --model BASE --adapter FOLDER                 an adapter on its base; several are merged in order
 python eval_model.py --score val.jsonl pairs.jsonl --json          loss, bits per byte, exact match, preferences
 
 Answers go to stdout, everything else to stderr, so `echo "Hi" | python eval_model.py > answers.txt` holds answers \
@@ -36,6 +37,7 @@ if (
     from model import GPT, GPTConfig
     from serving import Notice, Sampling, Session
 
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")  # of a run that trained an adapter, or a whole model
 FOLDER_FLAGS = (*SHAPE_FLAGS, "max_seq_len")  # must agree with the folder's config.json where they are given
 
 HELP = """\
@@ -70,22 +72,26 @@ def run(arguments: argparse.Namespace) -> None:
     with slow_imports():
         from dataset import load_tokenizer
         from model import load_config, load_pretrained
+        from model.adapter_folder import tokenizer_folder
         from model.generate import check_arguments
         from serving import Session
         from training.distributed import World, pick_device, pick_dtype
 
     # 1. Which folder
     folder = find_folder(arguments)
+    arguments.adapter = [model_folder(name, arguments.out_dir) for name in arguments.adapter]
     check_shape(arguments, load_config(folder), folder)
 
     # 2. Model and tokenizer
     device = pick_device(arguments.device, World())
     # the CPU stays at full precision unless asked: its answers do not depend on the machine then
     dtype = pick_dtype("float32" if (arguments.dtype, device.type) == ("auto", "cpu") else arguments.dtype, device)
-    model, tokenizer = load_pretrained(folder, device, dtype), load_tokenizer(folder)
+    model = load_pretrained(folder, device, dtype, arguments.adapter)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, arguments.adapter))
+    stacked = [folder, *arguments.adapter]
     say(
-        f"{folder}: {model.num_parameters() / 1e6:.1f} M parameters, context {model.config.max_seq_len}, "
-        f"on {device} in {str(dtype).removeprefix('torch.')}"
+        f"{' + '.join(map(str, stacked))}: {model.num_parameters() / 1e6:.1f} M parameters, "
+        f"context {model.config.max_seq_len}, on {device} in {str(dtype).removeprefix('torch.')}"
     )
 
     # 3. Score, answer once, or talk
@@ -96,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         score(model, tokenizer, reference, arguments)
         return
     check_arguments(model, [[0]], **sampling(arguments))
-    raw = arguments.raw or stage_of(folder) == "pretrain" or not tokenizer.has_chat_template
+    raw = arguments.raw or stage_of(stacked[-1]) == "pretrain" or not tokenizer.has_chat_template
     session = Session(model, tokenizer, sampling(arguments), arguments.seed, arguments.system, raw, notice=tell)
     if arguments.prompt is not None:
         show(session, arguments.prompt)
@@ -122,6 +128,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--model",
         metavar="FOLDER",
         help="open this instead: a run in out_dir by its name, or any Llama or Qwen3 folder",
+    )
+    which.add_argument(
+        "--adapter", nargs="+", default=[], metavar="FOLDER", help="with these merged into it, one after another"
     )
     add_shapes(which, parser.add_argument_group("shape, checked against the folder's config.json"))
     which.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
@@ -176,12 +185,11 @@ def find_folder(arguments: argparse.Namespace) -> Path:
     if arguments.model:
         return model_folder(arguments.model, arguments.out_dir)
     out_dir, stage = Path(arguments.out_dir), list(STAGES)[arguments.model_mode]
-    trained = {p.parent for p in out_dir.glob("*/model.safetensors")}
+    weights = {p.parent: p for name in WEIGHTS for p in out_dir.glob(f"*/{name}")}
+    trained = set(weights)
     wanted = out_dir / f"{stage}_{arguments.dim or '*'}"
     name = re.compile(rf"{stage}_{arguments.dim or r'[0-9]+'}")
-    found = sorted(
-        (p for p in trained if name.fullmatch(p.name)), key=lambda p: (p / "model.safetensors").stat().st_mtime
-    )
+    found = sorted((p for p in trained if name.fullmatch(p.name)), key=lambda p: weights[p].stat().st_mtime)
     if found:
         return found[-1]
     there = ", ".join(sorted(p.name for p in trained)) or "none"

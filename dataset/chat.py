@@ -178,10 +178,11 @@ def parse_answer(text: str) -> Message:
     message: Message = {"role": "assistant"}
     if thought := THOUGHT.match(text):
         message["reasoning_content"], text = thought[1], text[thought.end() :]
-    closed, end, rest = text.rpartition("</tool_call>")  # what opens behind the last end would be searched again and again
+    # what opens behind the last end would be searched for an end again and again
+    closed, end, rest = text.rpartition("</tool_call>")
     try:
         calls = [json.loads(call) for call in TOOL_CALL.findall(closed + end)]
-    except ValueError:  # not a call that could be rendered: it stays in the text
+    except (ValueError, RecursionError):  # not a call that could be rendered: it stays in the text
         calls = []
     if calls and all(isinstance(call, dict) and isinstance(call.get("name", ""), str) for call in calls):
         message["tool_calls"], text = calls, TOOL_CALL.sub("", closed + end) + rest

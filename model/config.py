@@ -78,11 +78,14 @@ class GPTConfig:
         of width Q, T = seq_len. The paper's count takes attention as if every token saw all T, which causal masks and
         packed documents do not: what is reported is a little high. Recomputed activations are not counted.
         """
+        assert self.head_dim is not None
+        return 6.0 * self.multiplied() + 12.0 * self.n_layers * self.n_heads * self.head_dim * seq_len
+
+    def multiplied(self) -> int:
+        """N, the parameters of matrix products."""
         assert self.head_dim is not None and self.ffn_dim is not None
-        heads = self.n_heads * self.head_dim
-        attention = 2 * self.dim * heads + 2 * self.dim * self.n_kv_heads * self.head_dim
-        matmul = self.n_layers * (attention + 3 * self.dim * self.ffn_dim) + self.dim * self.vocab_size
-        return 6.0 * matmul + 12.0 * self.n_layers * heads * seq_len
+        attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
+        return self.n_layers * (attention + 3 * self.dim * self.ffn_dim) + self.dim * self.vocab_size
 
     def to_hf(self) -> HFConfig:
         """The contents of config.json: a Llama, or a Qwen3 where qk_norm is set."""

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.adapters import effective_weight
 from model.attention import apply_rotary, rotary
 from model.gpt import GPT, Block
 
@@ -68,6 +69,7 @@ class CachedGPT:
             self.blocks = cast(list[Block], model.blocks())
             self.matrices = [matrices(block, len(prompts) if packed else 0) for block in self.blocks]
             self.head = laid_out(head, len(prompts)) if packed else head
+            self.embedding = effective_weight(model.model.embed_tokens)
             places = torch.arange(capacity, device=self.device)[None]
             self.cos, self.sin = (table[0, :, 0].to(self.dtype) for table in rotary(places, config))
             # a layer's keys, then its values
@@ -148,7 +150,7 @@ class CachedGPT:
         """Final hidden states (tokens, dim) of tokens (tokens,). `attend` takes a layer and its q, k, v, each
         (tokens, heads, head_dim), and gives each token's (tokens, ...) of as many numbers as q."""
         cos, sin = self.cos[positions, None], self.sin[positions, None]
-        x = F.embedding(ids, self.model.model.embed_tokens.weight)
+        x = F.embedding(ids, self.embedding)
         for layer, (block, weights) in enumerate(zip(self.blocks, self.matrices, strict=True)):
             qkv = self.linear(block.input_layernorm(x), weights.qkv).view(len(ids), -1, self.head_dim)
             kv_heads = self.cache.shape[3]
@@ -177,9 +179,9 @@ class CachedGPT:
 def matrices(block: Block, rows: int) -> Matrices:
     """A block's weights: laid out for batches of so many rows, or (0) as they are."""
     attention, mlp = block.self_attn, block.mlp
-    qkv = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
-    gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
-    found = (qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight)
+    qkv = torch.cat([effective_weight(proj) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    gate_up = torch.cat([effective_weight(proj) for proj in (mlp.gate_proj, mlp.up_proj)])
+    found = (qkv, effective_weight(attention.o_proj), gate_up, effective_weight(mlp.down_proj))
     return Matrices(*(laid_out(weight, rows) if rows else weight for weight in found))
 
 

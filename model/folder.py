@@ -3,13 +3,14 @@
     save_pretrained(model, "out/pretrain_512")            AutoModelForCausalLM.from_pretrained opens it, no custom code
     load_pretrained("out/pretrain_512")                   a GPT in eval mode; also opens Llama and Qwen3 folders
 
-Weights are read from safetensors only (a pickle can run code), and every key must be there in its shape.
+Weights are read from safetensors only (a pickle can run code), and every key must be there in its shape. A folder of an
+adapter opens as the plain model that it makes of its base.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.adapter_folder import base_folder, is_adapter, load_adapter
+from model.adapters import Adapter, Named, merged
 from model.config import GPTConfig
+from model.files import compare, open_file, write_json
 from model.gpt import GPT
 
 
@@ -49,14 +53,11 @@ def save_pretrained(
     os.replace(part, folder / "model.safetensors")
 
 
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 def load_config(folder: str | Path) -> GPTConfig:
-    """Read config.json. Raises FileNotFoundError where there is none, ValueError where it is not ours to open."""
+    """Read config.json, an adapter's base's. Raises FileNotFoundError where there is none, ValueError where it is not
+    ours to open."""
+    if is_adapter(folder):
+        folder = base_folder(folder)
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no config.json here, so this is not a model folder")
@@ -68,34 +69,46 @@ def load_config(folder: str | Path) -> GPTConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
-    """Open a model folder, in eval mode.
+def load_pretrained(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    adapters: Sequence[str | Path] = (),
+) -> GPT:
+    """Open a model folder, in eval mode, with the adapters of other folders merged into it one after another.
 
     Raises FileNotFoundError where a file is missing and ValueError, listing the keys, where the weights are not
     exactly those of config.json.
     """
     config = load_config(folder)
-    return assemble(config, folder_weights(folder, config), device, dtype)
+    weights = folder_weights(folder, config)
+    for each in adapters:
+        weights = merged(weights, *load_adapter(each, config))
+    return assemble(config, weights, device, dtype)
 
 
 def assemble(
     config: GPTConfig,
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Iterable[Named],
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    adapter: Adapter | None = None,
 ) -> GPT:
     """A model of these full tensors, by parameter name, in eval mode."""
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(config, adapter)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights}, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     return model.eval()
 
 
-def folder_weights(folder: str | Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
+def folder_weights(folder: str | Path, config: GPTConfig) -> Iterator[Named]:
     """Name and full tensor of every parameter, read one at a time from model.safetensors, or from the shards that
-    model.safetensors.index.json names. Raises as `load_pretrained` does, before the first tensor is read."""
+    model.safetensors.index.json names; of an adapter, merged with its base's. Raises as `load_pretrained` does, before
+    the first tensor is read."""
+    if is_adapter(folder):
+        adapter, learnt = load_adapter(folder, config)
+        yield from merged(folder_weights(base_folder(folder), config), adapter, learnt)
+        return
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in GPT(config).named_parameters()}
     with contextlib.ExitStack() as stack:
@@ -113,15 +126,6 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
-def open_file(path: Path) -> safe_open:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; weights are read from safetensors files only")
-    try:
-        return safe_open(path, framework="pt")
-    except Exception as error:  # safetensors raises its own class for a file that is cut or no safetensors
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
 def check_weights(
     holder: dict[str, safe_open], wanted: dict[str, tuple[int, ...]], tied: bool, folder: str | Path
 ) -> None:
@@ -136,13 +140,4 @@ def check_weights(
     twice = tied and head in found and embedding in found
     if twice and torch.equal(holder[head].get_tensor(head), holder[embedding].get_tensor(embedding)):
         del found[head]
-    problems = [f"missing: {name} {wanted[name]}" for name in wanted if name not in found]
-    problems += [f"not in this model: {name} {found[name]}" for name in found if name not in wanted]
-    problems += [
-        f"shape of {name}: found {found[name]}, expected {wanted[name]}"
-        for name in wanted
-        if name in found and found[name] != wanted[name]
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
-        raise ValueError(f"{folder}: the weights do not fit config.json ({len(problems)} keys):\n  {shown}")
+    compare(found, wanted, f"{folder}: the weights do not fit config.json")

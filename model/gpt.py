@@ -14,6 +14,7 @@ padding (single-token documents of position 0) nothing special. Generation has a
 import math
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.adapters import MATRICES, Adapter, effective_weight, install
 from model.attention import Context, Layout, attend, prepare
 from model.config import GPTConfig
 
@@ -62,9 +64,10 @@ class RMSNormOnCPU(torch.autograd.Function):
         return weight * normal
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         normal, scale, weight = ctx.saved_tensors
-        grad_weight = (grad * normal).flatten(0, -2).sum(0, dtype=weight.dtype)
+        learnt = ctx.needs_input_grad[1]  # not beside an adapter
+        grad_weight = (grad * normal).flatten(0, -2).sum(0, dtype=weight.dtype) if learnt else None
         grad = grad.float() * weight
         along = torch.linalg.vecdot(grad, normal.float()).unsqueeze(-1) / normal.shape[-1]
         return grad.addcmul_(normal, along, value=-1).mul_(scale).to(normal.dtype), grad_weight, None
@@ -156,26 +159,41 @@ def computed_in(weight: Tensor) -> torch.dtype:
 
 
 class GPT(nn.Module):
-    """The whole network. Fresh weights come from torch's global generator: seed it for repeatable ones."""
+    """The whole network. Fresh weights come from torch's global generator: seed it for repeatable ones.
 
-    def __init__(self, config: GPTConfig):
+    With an adapter, its parameters alone are learnt; they have no values yet (model.adapters.begun makes first ones).
+    """
+
+    def __init__(self, config: GPTConfig, adapter: Adapter | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.adapter = config, adapter
         self.model = Decoder(config)
         # tied: the embedding is the head, and there is no second name for it anywhere, files included
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.cross_entropy: CrossEntropy = cross_entropy
+        self.compiled: Compiler = as_it_is
         roles = self.roles()
         for name, parameter in self.named_parameters():
             init_weight(name, parameter, roles[name], config)
+        if adapter is not None:
+            install(adapter, self)
 
     @property
     def head_weight(self) -> Tensor:
         """(vocabulary, dim)."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        module = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return module.weight if self.adapter is None else effective_weight(module)
 
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+    def num_parameters(self, learnt: bool = False) -> int:
+        """Of all, or of those that are learnt."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad or not learnt)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """As of `GPTConfig`. Beside an adapter no gradient of the other matrices is made, 2 N of their 6 N; its own are
+        counted like theirs."""
+        flops = self.config.flops_per_token(seq_len)
+        if self.adapter is None:
+            return flops
+        return flops - 2.0 * self.config.multiplied() + 6.0 * self.num_parameters(learnt=True)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks in order: what is sharded, compiled or recomputed one by one."""
@@ -189,7 +207,7 @@ class GPT(nn.Module):
         """torch.compile each block, all sharing one graph, and the loss of a chunk of tokens."""
         for block in self.blocks():
             block.compile(dynamic=False, backend=backend)
-        self.cross_entropy = torch.compile(cross_entropy, dynamic=True, backend=backend)
+        self.compiled = cache(partial(torch.compile, dynamic=True, backend=backend))
 
     def roles(self) -> "dict[str, Role]":
         """What every parameter is for, by name. It looks at modules, not shapes, so it holds for a sharded model."""
@@ -207,8 +225,8 @@ class GPT(nn.Module):
         *,
         layout: Layout | None = None,
         learnt: Tensor | None = None,
-        summed: bool = False,
-    ) -> Tensor:
+        criterion: "Criterion | None" = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Logits (batch, sequence, vocabulary); or, with labels, the losses of the single tokens.
 
         Args:
@@ -220,7 +238,8 @@ class GPT(nn.Module):
                 ignored places; the logits are made and dropped a chunk of tokens at a time.
             layout: where the documents lie that position_ids tell of: it changes no number, but the time.
             learnt: int64 (supervised,), the places of the rows laid end to end that have a label; else looked for.
-            summed: give the sum of the losses, a scalar, whose gradient is made without a second head product.
+            criterion: what to make of the places that learn instead, of their hidden states and the head's weight; the
+                result is what it gives. `summed_nll` gives the sum, without a second head product for the gradient.
         """
         hidden = self.model(input_ids, position_ids, layout)
         if labels is None:
@@ -229,12 +248,9 @@ class GPT(nn.Module):
             learnt = (labels != IGNORE).flatten().nonzero()[:, 0]
         hidden, weight = (x.to(computed_in(x)) for x in (hidden, self.head_weight))
         hidden, targets = hidden.flatten(0, 1).index_select(0, learnt), labels.flatten().index_select(0, learnt)
-        loss = SummedNLL if summed else ChunkedNLL
+        places = Places(hidden, weight, targets, learnt, labels.shape, self.compiled)
         with torch.autocast(labels.device.type, enabled=False):  # as in the backward pass: compiled, they share a graph
-            nll = loss.apply(hidden, weight, targets, self.cross_entropy)
-        if summed:
-            return nll
-        return torch.zeros(labels.numel(), device=labels.device).index_copy(0, learnt, nll).view(labels.shape)
+            return nll_by_place(places)[0] if criterion is None else criterion(places)
 
 
 class Role(Enum):
@@ -242,6 +258,7 @@ class Role(Enum):
 
     HIDDEN = "hidden matrix"
     EMBEDDING = "embedding"
+    ADAPTER = "adapter's matrix"
     HEAD = "head"
     NORM = "norm"
     OTHER = "other"  # of a module that is none of ours: learnt by AdamW without decay
@@ -249,7 +266,7 @@ class Role(Enum):
     @property
     def decays(self) -> bool:
         """Whether weight decay applies: on matrices that multiply, never on look-ups and scales."""
-        return self in (Role.HIDDEN, Role.HEAD)
+        return self in (Role.HIDDEN, Role.HEAD, Role.ADAPTER)
 
     @property
     def orthogonal(self) -> bool:
@@ -260,6 +277,8 @@ class Role(Enum):
 def role_in(module: nn.Module, name: str) -> Role:
     """The role of the parameter of this name that stands directly in a module."""
     kinds = {nn.Linear: Role.HIDDEN, nn.Embedding: Role.EMBEDDING, RMSNorm: Role.NORM}
+    if name in MATRICES:
+        return Role.ADAPTER
     role = next((role for kind, role in kinds.items() if isinstance(module, kind)), Role.OTHER)
     return role if name == "weight" else Role.OTHER  # a bias is none of these
 
@@ -287,16 +306,20 @@ def fresh_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
         yield name, init_weight(name, torch.empty(parameter.shape), roles[name], config, generator)
 
 
-# The loss: -log softmax(hidden weight^T)[target], of (tokens, dim), (vocabulary, dim) and (tokens,). The logits of all
-# tokens are larger than all else in a small model, so they are made and dropped a chunk at a time.
+# What is made of hidden states, which is a loss: of (tokens, dim), the head's (vocabulary, dim) and (tokens,) targets.
+# The logits of all tokens are larger than all else in a small model, so they are made and dropped a chunk at a time.
 
 
 class Losses(NamedTuple):
-    nll: Tensor  # float32 (tokens,)
-    gradient: Tensor  # (tokens, vocabulary), of each by its logits: softmax - onehot, in their type
+    """Of a chunk of tokens."""
+
+    loss: Tensor  # float32 (tokens,), nats
+    gradient: Tensor  # (tokens, vocabulary), of each by its logits, in their type
+    nll: Tensor | None = None  # float32 (tokens,): -log p(target), where the loss is another
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Losses:
+    """-log softmax(logits)[target]; its gradient is softmax - onehot."""
     softmax = logits.softmax(-1, dtype=torch.float32)
     # log of the sum by way of the largest probability, which never is too small to have a logarithm
     log_sum = logits.amax(-1).float() - softmax.amax(-1).log()
@@ -306,7 +329,45 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Losses:
     return Losses(nll, softmax.to(logits.dtype))
 
 
-CrossEntropy = Callable[[Tensor, Tensor], Losses]
+Compiler = Callable[[Callable[..., Losses]], Callable[..., Losses]]
+
+
+def as_it_is(function: Callable[..., Losses]) -> Callable[..., Losses]:
+    """The compiler of a network that is not compiled."""
+    return function
+
+
+class Places(NamedTuple):
+    """The places that learn, of rows laid end to end: what a criterion makes its loss of."""
+
+    hidden: Tensor  # (tokens, dim), in the type that products are computed in
+    weight: Tensor  # (vocabulary, dim), the head's, in the same
+    targets: Tensor  # int64 (tokens,)
+    learnt: Tensor  # int64 (tokens,), which places they are
+    shape: torch.Size  # (rows, sequence) of all places
+    compiled: Compiler  # what the function of a chunk's losses goes through
+
+    def cross_entropy(self) -> "ChunkLoss":
+        function, targets = self.compiled(cross_entropy), self.targets  # without what else is held here
+        return lambda logits, part: function(logits, targets[part])
+
+
+ChunkLoss = Callable[[Tensor, slice], Losses]  # of a chunk's logits, and which of the places it is
+Criterion = Callable[[Places], tuple[Tensor, ...]]
+
+
+def nll_by_place(places: Places, batch: object = None) -> tuple[Tensor]:
+    """-log p(target) at every place, nats, 0 where there is none: float32 (rows, sequence). `batch` is what other
+    criteria look at."""
+    nll = ChunkedNLL.apply(places.hidden, places.weight, places.cross_entropy())
+    everywhere = torch.zeros(places.shape.numel(), device=nll.device)
+    return (everywhere.index_copy(0, places.learnt, nll).view(places.shape),)
+
+
+def summed_nll(places: Places, batch: object = None) -> tuple[Tensor]:
+    """Their sum, float32 ()."""
+    total, _ = SummedLoss.apply(places.hidden, places.weight, places.cross_entropy())
+    return (total,)
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -315,70 +376,77 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cross_entropy: CrossEntropy
+        ctx: Any, hidden: Tensor, weight: Tensor, losses: ChunkLoss
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.cross_entropy = cross_entropy
-        nll = torch.empty(len(targets), device=hidden.device)
-        for part in chunks(targets, weight):
-            nll[part] = cross_entropy(hidden[part] @ weight.T, targets[part]).nll
+        ctx.save_for_backward(hidden, weight)
+        ctx.losses = losses
+        nll = torch.empty(len(hidden), device=hidden.device)
+        for part in chunks(hidden, weight):
+            nll[part] = losses(hidden[part] @ weight.T, part).loss
         return nll
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        hidden, weight, targets = ctx.saved_tensors
-        gradient = HeadGradient(hidden, weight)
-        for part in chunks(targets, weight):
-            of_logits = ctx.cross_entropy(hidden[part] @ weight.T, targets[part]).gradient
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        gradient = HeadGradient(hidden, weight, ctx.needs_input_grad[1])
+        for part in chunks(hidden, weight):
+            of_logits = ctx.losses(hidden[part] @ weight.T, part).gradient
             gradient.add(part, of_logits.mul_(grad[part, None]))
-        return gradient.hidden, gradient.weight.to(weight.dtype), None, None
+        return gradient.hidden, None if gradient.weight is None else gradient.weight.to(weight.dtype), None
 
 
-class SummedNLL(torch.autograd.Function):
-    """Their sum, float32 (). Every token's gradient is then the same multiple of softmax - onehot, whatever follows, so
-    it is made in the forward pass, while the logits are there."""
+class SummedLoss(torch.autograd.Function):
+    """Their sum, float32 (), and beside it the sum of -log p where that is another, which has no gradient. Every
+    token's gradient is then the same multiple of its own, whatever follows, so it is made in the forward pass, while
+    the logits are there."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cross_entropy: CrossEntropy
-    ) -> Tensor:
-        total = torch.zeros((), device=hidden.device)
-        gradient = HeadGradient(hidden, weight) if any(ctx.needs_input_grad) else None
-        for part in chunks(targets, weight):
-            losses = cross_entropy(hidden[part] @ weight.T, targets[part])
-            total += losses.nll.sum()
+        ctx: Any, hidden: Tensor, weight: Tensor, losses: ChunkLoss
+    ) -> tuple[Tensor, Tensor]:
+        total, nll = torch.zeros((), device=hidden.device), torch.zeros((), device=hidden.device)
+        gradient = HeadGradient(hidden, weight, ctx.needs_input_grad[1]) if any(ctx.needs_input_grad) else None
+        for part in chunks(hidden, weight):
+            found = losses(hidden[part] @ weight.T, part)
+            total += found.loss.sum()
+            if found.nll is not None:
+                nll += found.nll.sum()
             if gradient is not None:
-                gradient.add(part, losses.gradient)
+                gradient.add(part, found.gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient.hidden, gradient.weight)
             ctx.dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(nll)
+        return total, nll
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         hidden, weight = ctx.saved_tensors
-        return hidden * grad.to(hidden.dtype), (weight * grad).to(ctx.dtype), None, None
+        return hidden * grad.to(hidden.dtype), None if weight is None else (weight * grad).to(ctx.dtype), None
 
 
 class HeadGradient:
     """What a loss's gradient is by the head's input and weight, added up over chunks of tokens."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor):
+    def __init__(self, hidden: Tensor, weight: Tensor, learnt: bool):
+        """learnt: whether the weight's is wanted; where an adapter leaves the head as it is, it is not."""
         self.inputs = hidden, weight
         self.hidden = torch.empty_like(hidden)
-        self.weight = torch.zeros_like(weight, dtype=torch.float32)
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if learnt else None
 
     def add(self, part: slice, logits: Tensor) -> None:
         """logits: (tokens, vocabulary), the gradient by a chunk's logits."""
         hidden, weight = self.inputs
         torch.mm(logits, weight, out=self.hidden[part])
+        if self.weight is None:
+            return
         if self.weight.dtype == logits.dtype:
             self.weight.addmm_(logits.T, hidden[part])
         else:
             self.weight += logits.T @ hidden[part]
 
 
-def chunks(targets: Tensor, weight: Tensor) -> list[slice]:
+def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Tokens whose logits are made together: as many as fit into LOSS_BYTES in float32."""
-    size = max(LOSS_TOKENS, LOSS_BYTES.get(targets.device.type, LOSS_BYTES["cuda"]) // (4 * len(weight)))
-    return [slice(start, start + size) for start in range(0, len(targets), size)]
+    size = max(LOSS_TOKENS, LOSS_BYTES.get(hidden.device.type, LOSS_BYTES["cuda"]) // (4 * len(weight)))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]

@@ -2,13 +2,15 @@
 
 torchrun --nproc_per_node 2 scripts/memory.py --dim 768 --n_layers 16 --engine fsdp
 deepspeed --num_gpus 2 scripts/memory.py --dim 768 --n_layers 16 --zero_stage 2
+python scripts/memory.py --adapter lora
 
 One update on one short row, random weights, nothing saved. The bytes are those of the live tensors of rank 0, each
 storage counted once: what the parameters stand on, what the optimizer keeps, and what is there before the update and
 gone after it (gradients). Beside them the formula of the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054,
 section 3) for this engine's number of copies.
 
-The flags are those of pretraining. Shape, engine, precision and offload count; data, batches and reporting do not.
+The flags are those of pretraining. Shape, engine, precision, offload and the adapter count; data, batches and reporting
+do not.
 """
 
 import contextlib
@@ -27,10 +29,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dataset.batch import Batch
+from model import GPT
+from model.adapters import begun
 from training import NextToken, PretrainConfig, build_engine
+from training.adapting import new_adapter
 from training.engines import Engine
 from training.metrics import peak_memory_mb
-from training.setup import run_stage, start_machine, starting_model
+from training.setup import Start, run_stage, start_machine, starting_model
 
 if TYPE_CHECKING:  # DeepSpeed is an extra
     from training.engines.deepspeed import ZeroEngine
@@ -106,8 +111,12 @@ def measure(engine: Engine) -> dict[str, int]:
     return {name: sum(part.values()) for name, part in named.items()}
 
 
-def formula(engine: Engine, shards: int, stage: int, n: int) -> dict[str, float]:
-    """Bytes a rank by the paper: parameters, gradients and optimizer state, each divided by the ranks that share it."""
+def formula(engine: Engine, shards: int, stage: int, n: int, learnt: int | None = None) -> dict[str, float]:
+    """Bytes a rank by the paper: parameters, gradients and optimizer state, each divided by the ranks that share it.
+
+    n: parameters; learnt: those of them that are, which alone have gradients and optimizer state (None: all).
+    """
+    learnt = n if learnt is None else learnt
     deepspeed = engine.name == "deepspeed"
     mixed = deepspeed and engine.dtype != torch.float32  # 16-bit parameters and gradients beside masters
     size = 2 if mixed else 4
@@ -115,23 +124,33 @@ def formula(engine: Engine, shards: int, stage: int, n: int) -> dict[str, float]
     optimizer = 8 + (4 if mixed or (deepspeed and stage) else 0)
     return {
         "parameters": size * n / (shards if stage >= 3 else 1),
-        "gradients": size * n / (shards if stage >= 2 else 1),
-        "optimizer": optimizer * n / (shards if stage >= 1 else 1),
+        "gradients": size * learnt / (shards if stage >= 2 else 1),
+        "optimizer": optimizer * learnt / (shards if stage >= 1 else 1),
     }
+
+
+def adapted(start: Start[PretrainConfig], config: PretrainConfig) -> Start[PretrainConfig]:
+    """With the adapter that flags ask for, on random weights, which training would refuse."""
+    if config.adapter is None:
+        return start
+    adapter, plain = new_adapter(config, "none", start.tokenizer), start.weights
+    with torch.device("meta"):
+        model = GPT(start.model.config, adapter)
+    return replace(start, model=model, weights=lambda: begun(plain(), adapter, config.seed))
 
 
 def main(config: PretrainConfig) -> None:
     machine = start_machine(config)
-    start = starting_model(replace(config, init_from="none"))
-    n = start.model.num_parameters()
+    start = adapted(starting_model(replace(config, init_from="none", adapter=None)), config)
+    n, learnt = start.model.num_parameters(), start.model.num_parameters(learnt=True)
     engine = build_engine(start.model, start.config, machine, start.weights)
     measured = measure(engine)
     shards = machine.world.local_size if config.hsdp else machine.world.size
-    expected = formula(engine, shards, stage_of(engine), n)
+    expected = formula(engine, shards, stage_of(engine), n, learnt)
     if machine.world.rank == 0:
         name = engine.name if engine.name != "deepspeed" else f"deepspeed ZeRO-{stage_of(engine)}"
         dtype = str(machine.dtype).split(".")[1]
-        print(f"{name}, {machine.world.size} ranks, {n:,} parameters, {dtype}, bytes on rank 0:")
+        print(f"{name}, {machine.world.size} ranks, {n:,} parameters, {learnt:,} learnt, {dtype}, bytes on rank 0:")
         for part, size in measured.items():
             beside = f"  formula {expected[part]:>15,.0f}" if part in expected else ""
             print(f"  {part:<11} {size:>15,}{beside}")

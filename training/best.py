@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from dataset.tokenizer import TextTokenizer
-from model.folder import write_json
+from model.files import write_json
 from training.checkpoint import attempt
 from training.config import BEST, Config
 from training.engines.contract import Engine

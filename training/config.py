@@ -72,6 +72,11 @@ def shape_flag(text: str) -> Any:
     return flag(None, text, "model", shape=True, resume="refuse")
 
 
+def adapter_flag(text: str, **rule: Any) -> Any:
+    """Where an adapter is gone on with, its folder decides, and a flag may not contradict."""
+    return flag(None, text, "adapter", resume="refuse", **rule)
+
+
 def rules(config: "Config | type[Config]") -> dict[str, Rule]:
     """Every flag's rule, by name."""
     return {f.name: f.metadata["rule"] for f in fields(config)}
@@ -127,6 +132,25 @@ class Config:
     qk_norm: bool | None = shape_flag("RMSNorm on queries and keys (Qwen3)")
     dropout: float = flag(
         0.0, "dropout in attention and residual branches", "model", at_least=0, below=1, resume="note"
+    )
+
+    adapter: Literal["lora"] | None = flag(
+        None,
+        "learn a few new parameters instead of the model's own: lora (low-rank changes of linear layers)",
+        "adapter",
+        resume="refuse",
+    )
+    lora_rank: int | None = adapter_flag("columns of A and rows of B; by default 16", at_least=1)
+    lora_alpha: float | None = adapter_flag("the change is multiplied by alpha / rank; by default 32", above=0)
+    lora_targets: str | None = adapter_flag(
+        "linear layers that are adapted: all (of the blocks), attention, or names (q_proj,v_proj); by default all"
+    )
+    lora_rslora: bool | None = adapter_flag("multiply by alpha / sqrt(rank) instead")
+    lora_dora: bool | None = adapter_flag("learn the lengths of the rows apart from their directions")
+    lora_dropout: float = flag(0.0, "dropout of what enters A", "adapter", at_least=0, below=1, resume="note")
+    train_control_tokens: bool | None = adapter_flag(
+        "learn the control tokens' rows of embedding and head too; by default where a chat is learnt from a pretrained "
+        "model, which has never seen them"
     )
 
     epochs: float = flag(1.0, "passes over the data", "optimization", above=0, resume="note")
@@ -260,11 +284,20 @@ class Config:
                 "without / and \\, and not none, which --init_from has for random weights"
             )
         self.check_keep_best()
+        self.check_adapter()
         if self.global_batch_size and self.accumulation_steps != 1:
             raise ValueError(
                 f"--global_batch_size {self.global_batch_size} sets the accumulation, "
                 f"--accumulation_steps {self.accumulation_steps} contradicts it; give one of them"
             )
+
+    def check_adapter(self) -> None:
+        """Raise ValueError for flags of an adapter that is not asked for."""
+        for name, rule in rules(self).items():
+            if self.adapter is None and rule.group == "adapter" and getattr(self, name):
+                raise ValueError(
+                    f"--{name} is {getattr(self, name)}, and there is no adapter; give --adapter lora, or leave it out"
+                )
 
     def check_keep_best(self) -> None:
         """Raise ValueError for flags that leave nothing to tell the best model by."""

@@ -15,7 +15,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -35,7 +35,7 @@ from training.best import Best, check_keep_best
 from training.config import save_config
 from training.engines.contract import Engine, Totals
 from training.metrics import Metrics, Record, peak_flops, peak_memory_mb
-from training.objectives import Objective
+from training.objectives import Measured, Objective
 from training.optimizer import learning_rate
 from training.run_folder import held
 from training.saver import Progress, Saver, Settings, noted, resume
@@ -59,6 +59,10 @@ class Source(Protocol):
     @property
     def tokens_per_row(self) -> float:
         """Real (non-padding) tokens of a row, on average."""
+
+    @property
+    def beside(self) -> "Source | None":
+        """The same updates of rows that are asked about before these are learnt (mismatched answers); None for none."""
 
     def prompts(self, limit: int) -> list[list[int]]:
         """Open prompts, of held-out rows that have them."""
@@ -143,7 +147,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.config, self.tokenizer, self.say = self.start.config, self.start.tokenizer, self.metrics.print
-        self.flops_per_token = self.engine.model.config.flops_per_token(self.start.max_seq_len)
+        model = self.engine.model
+        with torch.device("meta"):  # a rank may hold a part of the parameters, or none
+            self.whole = GPT(model.config, model.adapter)
+        self.flops_per_token = self.whole.flops_per_token(self.start.max_seq_len)
         # a CPU has no peak to speak of: the rate of a product depends on its size, its threads, and who else is there
         gpu = self.engine.device.type != "cpu"
         self.peak_flops = peak_flops(self.engine.device, self.engine.dtype) * self.engine.world.size if gpu else None
@@ -164,7 +171,8 @@ class Run:
             while progress.step < self.total_steps and not self.best.over:
                 update = upcoming.take(progress.position)
                 rate = self.rate()
-                totals = engine.forward_backward(update.sent.arrived(), self.objective, update.weight)
+                objective = informed(engine, self.objective, self.source, [progress.position])
+                totals = engine.forward_backward(update.sent.arrived(), objective, update.weight)
                 norm = engine.step(rate)
                 progress.step += 1
                 progress.position = min(progress.position + self.source.rows_per_update, self.source.total_rows)
@@ -210,14 +218,15 @@ class Run:
     def introduction(self) -> str:
         """What is trained, on what, for how long, from where and to where: one line."""
         config, engine, world, source = self.config, self.engine, self.engine.world, self.source
-        with torch.device("meta"):  # a rank may hold a part of the parameters, or none
-            parameters = GPT(engine.model.config).num_parameters()
+        parameters = f"{self.whole.num_parameters() / 1e6:,.3f} M parameters"
+        if self.whole.adapter is not None:
+            parameters += f", {self.whole.num_parameters(learnt=True) / 1e6:,.3f} M of them learnt ({config.adapter})"
         ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
         precision = str(engine.dtype).removeprefix("torch.")
         tokens = source.rows_per_update * source.tokens_per_row
         start = f"random weights, seed {config.seed}" if config.init_from in (None, "none") else config.init_from
         return (
-            f"{config.stage}: {parameters / 1e6:,.3f} M parameters, context {self.start.max_seq_len}, "
+            f"{config.stage}: {parameters}, context {self.start.max_seq_len}, "
             f"on {engine.device} in {precision}, {engine.name} on {ranks}; "
             f"steps {self.progress.step + 1:,} to {self.total_steps:,} of {source.rows_per_update:,} rows "
             f"(about {tokens:,.0f} tokens); from {start}; into {config.run_dir}"
@@ -381,12 +390,27 @@ def planned_steps(source: Source, progress: Progress, max_steps: int) -> int:
 def held_out_metrics(engine: Engine, objective: Objective[Any], source: Source) -> dict[str, float]:
     """val_* of the held-out rows, the same choice at every call. All ranks run the same number of batches, of padding
     where there are no more rows."""
+    positions = range(0, source.total_rows, source.rows_per_update)
+    objective = informed(engine, objective, source, positions)
+    sums, weight = measured(engine, objective, source, positions)
+    return {f"val_{name}": value for name, value in objective.metrics(sums, weight).items()}
+
+
+def informed(engine: Engine, objective: Objective[Any], source: Source, positions: Sequence[int]) -> Objective[Any]:
+    """The objective, told what it has to know of these updates before the first is looked at. What it asks for is
+    waited for; most ask for nothing."""
+    beside = source.beside
+    return objective if beside is None else objective.informed(lambda: measured(engine, objective, beside, positions))
+
+
+def measured(engine: Engine, objective: Objective[Any], source: Source, positions: Sequence[int]) -> Measured:
+    """The objective's sums over these updates and all ranks, and their weight, without gradients."""
     sums, weight = dict.fromkeys(objective.names, 0.0), 0.0
-    for position in range(0, source.total_rows, source.rows_per_update):
+    for position in positions:
         totals = engine.evaluate(source.update(position), objective)
         sums = {name: sums[name] + totals.sums[name] for name in sums}
         weight += totals.weight
-    return {f"val_{name}": value for name, value in objective.metrics(sums, weight).items()}
+    return sums, weight
 
 
 def due(step: int, interval: int) -> bool:

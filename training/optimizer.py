@@ -36,8 +36,9 @@ def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Opt
     adamw = partial(
         torch.optim.AdamW, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused
     )
-    if config.optimizer == "adamw":
-        return [heeding(adamw([{"params": hidden + others, **decay}, {"params": rest, **no_decay}]))]
+    if not hidden or config.optimizer == "adamw":  # an adapter has no hidden matrix for Muon
+        groups = [{"params": hidden + others, **decay}, {"params": rest, **no_decay}]
+        return [heeding(adamw([group for group in groups if group["params"]]))]
     muon = torch.optim.Muon(
         hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )

@@ -19,13 +19,12 @@ import torch
 
 from dataset.records import expand_paths
 from dataset.tokenizer import TextTokenizer
-from model import GPT, save_pretrained
+from model import GPT, adapter_folder, save_pretrained
 from training import checkpoint, distributed
 from training.config import Config, rules
 from training.engines.contract import Engine
 from training.run_folder import move_aside
 
-MODEL = "model.safetensors"  # of the model folder, which stands beside the checkpoints
 Settings = dict[str, object]
 Say = Callable[[str], None]
 
@@ -171,7 +170,10 @@ class Saver:
         self.kept = {"identity": identity, "config": settings, "origin": origin(config), "files": data_files(config)}
         self.total_steps = total_steps
         # not so where the checkpoint is another run's, or the model folder is gone
-        here = all(path.is_file() for path in (self.folder(progress) / checkpoint.COMPLETE, config.run_dir / MODEL))
+        here = all(
+            path.is_file()
+            for path in (self.folder(progress) / checkpoint.COMPLETE, config.run_dir / exported(engine.model))
+        )
         self.saved_step = progress.step if engine.gather(here)[0] else -1
         self.saving: checkpoint.Saving | None = None
 
@@ -236,13 +238,21 @@ class Saver:
         return partial(export_model, self.engine.model, weights, self.tokenizer, self.config.run_dir)
 
 
+def exported(model: GPT) -> str:
+    """The file of the model folder that holds the weights; it stands beside the checkpoints."""
+    return "model.safetensors" if model.adapter is None else adapter_folder.WEIGHTS
+
+
 def export_model(model: GPT, weights: dict[str, torch.Tensor], tokenizer: TextTokenizer, folder: Path) -> None:
-    save_pretrained(
-        model,
-        folder,
-        weights=weights,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=list(tokenizer.stop_ids),
-        pad_token_id=tokenizer.pad_id,
-    )
+    if model.adapter is not None:
+        adapter_folder.save_adapter(model.adapter, weights, folder)
+    else:
+        save_pretrained(
+            model,
+            folder,
+            weights=weights,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=list(tokenizer.stop_ids),
+            pad_token_id=tokenizer.pad_id,
+        )
     tokenizer.save(folder)

@@ -1,5 +1,6 @@
 """What every entry script does before it trains: a config in; processes, tokenizer, model and data out."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,15 +17,19 @@ from dataset.loader import ENDLESS, Rows, describe, fitting
 from dataset.records import one_line
 from dataset.tokenizer import HFTokenizer, TextTokenizer
 from model import GPT, GPTConfig
+from model.adapter_folder import is_adapter, tokenizer_folder
 from model.folder import folder_weights
 from model.folder import load_config as load_model_config
 from model.gpt import fresh_weights
 from training import distributed
+from training.adapting import adapted_weights, adapter_of, flags_of
 from training.command import run_stage as run_stage  # where tools look for it
 from training.config import SHAPE_FLAGS, ChatConfig, Config, model_folder, rules
 from training.distributed import World
 from training.engines import Machine, Weights, engine_name
 from training.objectives import STAGES
+from training.stages import DistillConfig
+from training.teacher import Teacher
 
 C = TypeVar("C", bound=Config)
 STOPPED = "stopped by Ctrl-C; the same command begins again, or goes on from the newest checkpoint"
@@ -83,6 +88,8 @@ class Start(Generic[C]):
     config: C  # as asked, every shape filled in; what config.yaml records
     max_seq_len: int  # tokens a row
     note: str = ""  # on max_seq_len, where nobody asked for one
+    # what the starting folder holds, where `weights` are more: an adapter's first ones follow from seed and flags
+    found: Weights | None = None
 
 
 def starting_model(asked: C) -> Start[C]:
@@ -92,37 +99,43 @@ def starting_model(asked: C) -> Start[C]:
     contradicts the folder, the vocabulary is smaller than the tokenizer's, or nothing says how the model chats.
     """
     init = starting_folder(asked)
-    folder_of_tokenizer = asked.tokenizer or (DEFAULT_TOKENIZER if init == "none" else init)
+    folder_of_tokenizer = asked.tokenizer or (DEFAULT_TOKENIZER if init == "none" else tokenizer_folder(init))
     tokenizer = load_tokenizer(folder_of_tokenizer, asked.chat_template if isinstance(asked, ChatConfig) else None)
     if isinstance(asked, ChatConfig) and not tokenizer.has_chat_template:
         raise ValueError(
             f"{tokenizer.folder}: this tokenizer has no chat template, so nothing says how its model chats; give one "
             "with --chat_template chatml (or a Jinja file)"
         )
-    if init == "none":
-        given = {name: getattr(asked, name) for name in (*SHAPE_FLAGS, "max_seq_len")}
-        given = {name: value for name, value in given.items() if value is not None}
-        shape = GPTConfig(**({"vocab_size": tokenizer.vocab_size} | given), dropout=asked.dropout)
-        weights: Weights = partial(fresh_weights, shape, asked.seed)
-    else:
-        folder = load_model_config(init)
-        check_shapes(asked, folder, init)
-        # this run's dropout, and a longer context where --max_seq_len asks for it
-        length = max(folder.max_seq_len, asked.max_seq_len or 0)
-        shape = replace(folder, dropout=asked.dropout, max_seq_len=length)
-        weights = partial(folder_weights, init, folder)
+    shape, found = shape_and_weights(asked, init, tokenizer)
     if tokenizer.vocab_size > shape.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocabulary only {shape.vocab_size}; "
             "give a larger --vocab_size, or the model's own --tokenizer"
         )
+    adapter = adapter_of(asked, init, tokenizer, shape)
+    weights = found if adapter is None else adapted_weights(adapter, init, shape, asked.seed)
     with torch.device("meta"):
-        model = GPT(shape)
+        model = GPT(shape, adapter)
     row, note = asked.max_seq_len or shape.max_seq_len, ""
     if init != "none" and asked.max_seq_len is None:
         row, note = inherited_row(init, shape.max_seq_len, tokenizer)
-    shapes = {name: getattr(shape, name) for name in SHAPE_FLAGS}
-    return Start(model, weights, tokenizer, replace(asked, init_from=init, max_seq_len=row, **shapes), row, note)
+    filled: dict[str, Any] = {name: getattr(shape, name) for name in SHAPE_FLAGS} | flags_of(adapter)
+    config = replace(asked, init_from=init, max_seq_len=row, **filled)
+    return Start(model, weights, tokenizer, config, row, note, found)
+
+
+def shape_and_weights(asked: Config, init: str, tokenizer: TextTokenizer) -> tuple[GPTConfig, Weights]:
+    """Of the model that a run starts from: random, or that of a folder."""
+    if init == "none":
+        given = {name: getattr(asked, name) for name in (*SHAPE_FLAGS, "max_seq_len")}
+        given = {name: value for name, value in given.items() if value is not None}
+        shape = GPTConfig(**({"vocab_size": tokenizer.vocab_size} | given), dropout=asked.dropout)
+        return shape, partial(fresh_weights, shape, asked.seed)
+    folder = load_model_config(init)
+    check_shapes(asked, folder, init)
+    # this run's dropout, and a longer context where --max_seq_len asks for it
+    length = max(folder.max_seq_len, asked.max_seq_len or 0)
+    return replace(folder, dropout=asked.dropout, max_seq_len=length), partial(folder_weights, init, folder)
 
 
 def inherited_row(init: str, context: int, tokenizer: TextTokenizer) -> tuple[int, str]:
@@ -140,12 +153,56 @@ def starting_folder(config: Config) -> str:
     if config.init_from is not None:
         return str(model_folder(config.init_from, config.out_dir))
     folder = Path(config.out_dir) / f"{config.previous}_{config.dim or GPTConfig.dim}"
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise FileNotFoundError(
             f"{folder} is not there: run train_{config.previous}.py first, "
             "or give the model to start from with --init_from FOLDER_OR_RUN"
         )
     return str(folder)
+
+
+def starting_teacher(start: Start[DistillConfig], machine: Machine) -> Teacher:
+    """The frozen model to learn from.
+
+    Raises FileNotFoundError where it is not there, and ValueError where none is named, where it has another vocabulary
+    than the student, or a shorter context than a row.
+    """
+    config = start.config
+    if config.teacher is None:
+        raise ValueError("no teacher to learn from; give its model folder, or the name of its run, with --teacher")
+    folder = model_folder(config.teacher, config.out_dir)
+    shape, student = load_model_config(folder), f"the student {config.init_from or ''}"
+    if config.init_from == "none":
+        student = f"the student (random weights, tokenizer {start.tokenizer.folder})"
+    problem = other_vocabulary(load_tokenizer(folder), start.tokenizer)
+    if not problem and shape.vocab_size != start.model.config.vocab_size:
+        problem = f"{shape.vocab_size:,} rows of its embedding, and {start.model.config.vocab_size:,}"
+    if problem:
+        raise ValueError(
+            f"the teacher {folder} has another vocabulary than {student}: {problem}. What a teacher says of a token is "
+            "said of its number; give a --teacher of the same tokenizer, or --tokenizer and --init_from to fit it"
+        )
+    if shape.max_seq_len < start.max_seq_len:
+        raise ValueError(
+            f"the teacher {folder} has a context of {shape.max_seq_len:,} tokens, and rows are {start.max_seq_len:,}; "
+            f"give --max_seq_len {shape.max_seq_len}"
+        )
+    weights = partial(folder_weights, folder, shape)
+    made_of = f"{weights_hash(weights)} {json.dumps(shape.to_hf(), sort_keys=True)}"
+    identity = xxhash.xxh3_64_hexdigest(made_of.encode())
+    return Teacher(shape, weights, identity, distributed.pick_compile(config.compile, machine.device))
+
+
+def other_vocabulary(teacher: TextTokenizer, student: TextTokenizer) -> str:
+    """Where two tokenizers first differ in what a token stands for, or "". How text becomes tokens is the student's
+    matter alone."""
+    if teacher.fingerprint == student.fingerprint:
+        return ""
+    sizes = teacher.vocab_size, student.vocab_size
+    if sizes[0] != sizes[1]:
+        return f"{sizes[0]:,} tokens, and {sizes[1]:,}"
+    pairs = ((i, teacher.token_text(i), student.token_text(i)) for i in range(sizes[0]))
+    return next((f"token {i} is {theirs!r}, and {ours!r}" for i, theirs, ours in pairs if theirs != ours), "")
 
 
 def check_shapes(config: Config, folder: GPTConfig, init: str) -> None:
@@ -208,7 +265,7 @@ def load_parts(start: Start[Any], show: bool) -> tuple[Rows | None, Rows | None]
     config = start.config
     build = partial(
         build_parts,
-        STAGES[config.stage].form,
+        STAGES[config.stage].form_for(config),
         tokenizer=start.tokenizer,
         max_seq_len=start.max_seq_len,
         on_bad_row=config.on_bad_row,
@@ -265,5 +322,5 @@ def run_identity(start: Start[Any], data: Data) -> dict[str, Any]:
     return {
         "stage": config.stage,
         "data": data.train.rows.fingerprint,
-        "init_from": "none" if config.init_from == "none" else weights_hash(start.weights),
+        "init_from": "none" if config.init_from == "none" else weights_hash(start.found or start.weights),
     } | {name: getattr(config, name) for name, rule in rules(config).items() if rule.resume == "refuse"}

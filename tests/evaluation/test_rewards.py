@@ -92,6 +92,13 @@ def test_format_is_what_the_chat_template_can_say_again(answer: str, reward: flo
     assert value("format:think", answer) == (reward if answer.startswith("<think>") else 0)
 
 
+def test_rubbish_of_a_collapsed_model_is_judged_as_any_answer() -> None:
+    for answer in ("<tool_call>" * 4096, "<think>" * 4096, "<tool_call>" + "[" * 100_000 + "</tool_call>", "1/" * 9000):
+        for name in ("exact_match", "number", "contains"):
+            assert value(name, answer, answer=["42"]) == 0
+        assert value("format", answer) == float(answer.startswith("1"))
+
+
 def test_length_falls_from_what_it_is_told() -> None:
     found = [value("length:10", "x" * count) for count in (0, 10, 15, 20, 100)]
     assert found == [1, 1, 0.5, 0, 0]

@@ -1,24 +1,33 @@
 """What the tests of engines share: one process's runs, the same runs spread, and their comparison."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers import losses, metrics, stage_flags, train_here, train_many, train_start
+from tests.helpers import LORA, losses, metrics, stage_flags, train_here, train_many, train_start
 
-STAGES = ("pretrain", "full_sft", "dpo")
+STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill", "dpo_lora")
+LORA_START = "full_sft_lora"  # whose adapter the last goes on with
+Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
 STEPS = 12
 
 
 def train_alone(folder: Path) -> None:
     """Data, a model of the two stages before, and what one process makes of eight rows an update."""
     train_start(folder)
-    for stage in STAGES:
-        train_here(stage, *flags_of(folder, stage, "single", "--batch_size", 8))
+    for run in (*STAGES[:-1], LORA_START, STAGES[-1]):
+        stage, flags = run_of(folder, run, "single", "--batch_size", 8)
+        train_here(stage, *flags)
 
 
-def flags_of(base: Path, stage: str, name: str, *flags: object) -> list:
+def run_of(base: Path, run: str, name: str, *flags: object) -> tuple[str, list]:
+    """A stage and its flags."""
+    stage = run.removesuffix("_lora")
+    if run != stage:
+        start = [] if run == LORA_START else ["--init_from", base / "single" / f"{LORA_START}_32"]
+        flags = (*flags, "--run_name", f"{run}_32", *start, *LORA)
     # validation rows are fewer than ranks, and only rank 0 writes samples: neither may leave a rank behind
     steps = [
         "--max_steps",
@@ -32,27 +41,27 @@ def flags_of(base: Path, stage: str, name: str, *flags: object) -> list:
         "--sample_interval",
         7,
     ]
-    return [*stage_flags(base, stage, base / name), *steps, *flags]
+    return stage, [*stage_flags(base, stage, base / name), *steps, *flags]
 
 
-def train_all(base: Path, engines: dict[str, list[str]], ranks: int, **how: object) -> None:
+def train_all(base: Path, engines: dict[str, list[str]], ranks: int, more: Runs = (), **how: object) -> None:
     """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four."""
     split = ["--batch_size", 4 // ranks, "--accumulation_steps", 2]
     runs = [
-        (stage, flags_of(base, stage, f"{name} x{ranks}", *split, *flags))
-        for name, flags in engines.items()
-        for stage in STAGES
+        run_of(base, stage, f"{name} x{ranks}", *split, *flags) for name, flags in engines.items() for stage in STAGES
     ]
+    runs += [run_of(base, stage, f"{name} x{ranks}", *split, *flags) for stage, name, flags in more]
     train_many(base, runs, ranks, **how)
 
 
-def same_as_alone(base: Path, name: str, stage: str) -> None:
-    alone, spread = losses(base / "single", stage), losses(base / name, stage)
+def same_as_alone(base: Path, name: str, stage: str, single: str = "single") -> None:
+    alone, spread = losses(base / single, stage), losses(base / name, stage)
     assert len(alone) == STEPS and alone[STEPS] < alone[1]
     assert spread == pytest.approx(alone, rel=1e-5)
-    val = [[r["val_loss"] for r in metrics(base / folder, stage) if "val_loss" in r] for folder in ("single", name)]
+    val = [[r["val_loss"] for r in metrics(base / folder, stage) if "val_loss" in r] for folder in (single, name)]
     assert len(val[0]) == STEPS // 4 and val[1] == pytest.approx(val[0], rel=1e-5)
-    weights = [load_file(base / folder / f"{stage}_32" / "model.safetensors") for folder in ("single", name)]
+    file = "adapter_model.safetensors" if stage == "dpo_lora" else "model.safetensors"
+    weights = [load_file(base / folder / f"{stage}_32" / file) for folder in (single, name)]
     assert weights[0].keys() == weights[1].keys()
     for key, tensor in weights[0].items():
         assert (weights[1][key] - tensor).abs().max() < 1e-5, key

@@ -4,42 +4,47 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import losses, metrics, stage_flags, train_here, train_many, train_start
+from tests.helpers import LORA, losses, metrics, stage_flags, train_here, train_many, train_start
 
 FLAT = ["--lr_schedule", "wsd", "--decay_fraction", 0, "--warmup_steps", 1, "--learning_rate", 1e-3, "--min_lr", 1e-3]
 ZERO = ["--engine", "deepspeed", "--zero_stage"]
+RUNS = {"pretrain": [], "full_sft": LORA}  # of an adapter, checkpoints hold that alone
 
 
 def test_every_engine_goes_on_from_every_other(tmp_path: Path) -> None:
     """torch's checkpoints resharded, DeepSpeed's own and its universal ones, written in the background and not."""
     train_start(tmp_path)
 
-    def until(step: int, *flags: object, out: str = "mixed") -> tuple[str, list]:
+    def until(step: int, *flags: object, out: str = "mixed") -> list[tuple[str, list]]:
         # a flat learning rate, so that stopping early changes nothing but where the run stands
         rows = ["--global_batch_size", 8, "--batch_size", 2, "--max_steps", step]
-        return "pretrain", [*stage_flags(tmp_path, "pretrain", tmp_path / out), *FLAT, *rows, *flags]
+        return [
+            (stage, [*stage_flags(tmp_path, stage, tmp_path / out), *FLAT, *rows, *flags, *own])
+            for stage, own in RUNS.items()
+        ]
 
     def train_alone(step: int, out: str) -> None:
-        stage, flags = until(step, out=out)
-        train_here(stage, *flags)
+        for stage, flags in until(step, out=out):
+            train_here(stage, *flags)
 
     train_alone(18, "whole")
     train_alone(3, "mixed")
     two = [
-        until(5, "--engine", "fsdp", "--async_save", "--save_interval", 1),  # from one process's checkpoint
-        until(7, *ZERO, 2),  # from FSDP's
-        until(9, *ZERO, 2),  # DeepSpeed's own
-        until(11, *ZERO, 3, "--async_save", "--save_interval", 1),  # universal: another stage
-        until(13, "--engine", "ddp"),  # universal: another engine, from stage 3
+        *until(5, "--engine", "fsdp", "--async_save", "--save_interval", 1),  # from one process's checkpoint
+        *until(7, *ZERO, 2),  # from FSDP's
+        *until(9, *ZERO, 2),  # DeepSpeed's own
+        *until(11, *ZERO, 3, "--async_save", "--save_interval", 1),  # universal: another stage
+        *until(13, "--engine", "ddp"),  # universal: another engine, from stage 3
     ]
-    three = [until(14, *ZERO, 1, "--offload", "cpu"), until(15, *ZERO, 3)]
+    three = [*until(14, *ZERO, 1, "--offload", "cpu"), *until(15, *ZERO, 3)]
     said = train_many(tmp_path, two, ranks=2) + train_many(tmp_path, three, ranks=3)
-    said += train_many(tmp_path, [until(16, "--engine", "fsdp", "--offload", "cpu")], ranks=2)
+    said += train_many(tmp_path, until(16, "--engine", "fsdp", "--offload", "cpu"), ranks=2)
     train_alone(18, "mixed")
-    for step in (3, 5, 7, 9, 11, 13, 14, 15):
-        assert f"step_{step:06d}" in said
-    assert losses(tmp_path / "mixed", "pretrain") == pytest.approx(losses(tmp_path / "whole", "pretrain"), rel=1e-5)
-    tokens = [[record["tokens"] for record in metrics(tmp_path / name, "pretrain")] for name in ("mixed", "whole")]
-    assert tokens[0] == tokens[1] and len(tokens[0]) == 18
-    checkpoints = tmp_path / "mixed" / "pretrain_32" / "checkpoints"
-    assert not list(checkpoints.glob(".*"))  # no universal form, no half-written folder is left
+    for stage in RUNS:
+        for step in (3, 5, 7, 9, 11, 13, 14, 15):
+            assert f"{stage}_32/checkpoints/step_{step:06d}" in said
+        assert losses(tmp_path / "mixed", stage) == pytest.approx(losses(tmp_path / "whole", stage), rel=1e-5)
+        tokens = [[record["tokens"] for record in metrics(tmp_path / name, stage)] for name in ("mixed", "whole")]
+        assert tokens[0] == tokens[1] and len(tokens[0]) == 18
+        checkpoints = tmp_path / "mixed" / f"{stage}_32" / "checkpoints"
+        assert not list(checkpoints.glob(".*"))  # no universal form, no half-written folder is left

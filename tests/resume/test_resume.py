@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers import (
+    LORA,
     ROOT,
     command,
     environment,
@@ -39,23 +40,35 @@ def flags_of(base: Path, stage: str, out: Path) -> list:
     return [*stage_flags(base, stage, out), *training]
 
 
-@pytest.mark.parametrize("stage,optimizer", [("pretrain", "muon"), ("full_sft", "adamw"), ("dpo", "adamw")])
+@pytest.mark.parametrize(
+    "stage,flags",
+    [
+        ("pretrain", ["--optimizer", "muon"]),
+        ("full_sft", []),
+        ("dpo", []),
+        ("kto", []),
+        ("distill", []),
+        ("full_sft", [*LORA, "--lora_dropout", 0.1]),
+    ],
+    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "lora"],
+)
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
-    base: Path, tmp_path: Path, stage: str, optimizer: str, capfd: Any
+    base: Path, tmp_path: Path, stage: str, flags: list, capfd: Any
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train_here(stage, *flags_of(base, stage, whole), "--optimizer", optimizer, "--keep_last", 100)
+    train_here(stage, *flags_of(base, stage, whole), *flags, "--keep_last", 100)
     assert len(losses(whole, stage)) > 10
     # the same run, its later checkpoints lost, as after a kill between two saves
     shutil.copytree(whole, cut)
     for folder in (cut / f"{stage}_32" / "checkpoints").glob("step_*"):
         if folder.name > "step_000005":
             shutil.rmtree(folder)
-    train_here(stage, *flags_of(base, stage, cut), "--optimizer", optimizer)
+    train_here(stage, *flags_of(base, stage, cut), *flags)
     captured = capfd.readouterr()
     assert "resumed from" in captured.out + captured.err and "step_000005" in captured.out + captured.err
     assert losses(cut, stage) == losses(whole, stage)
-    a, b = (load_file(folder / f"{stage}_32" / "model.safetensors") for folder in (whole, cut))
+    file = f"{'adapter_' if '--adapter' in flags else ''}model.safetensors"
+    a, b = (load_file(folder / f"{stage}_32" / file) for folder in (whole, cut))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 

@@ -94,11 +94,12 @@ class Engine(Peers, Protocol):
         """Whether a loss scaler looks for its scale, which takes a few updates that are not finite."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Full float32 weights on the CPU, by Hugging Face name; on rank 0 alone."""
+        """Full float32 weights on the CPU, by Hugging Face name; on rank 0 alone. Of those that are learnt: all, or
+        an adapter's."""
 
     def save(self, folder: Path, background: bool) -> Future[Any] | None:
-        """Write the state from all ranks side by side. In the background: a copy is taken now, the Future ends with
-        the write."""
+        """Write the state of what is learnt from all ranks side by side. In the background: a copy is taken now,
+        the Future ends with the write."""
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`, from any number of ranks and any engine."""

@@ -22,7 +22,8 @@ def bucket_size(model: nn.Module) -> float | None:
     model go in several too. The last has nothing left to hide behind: it holds the embedding, and smaller buckets keep
     little else with it. The default model's 98.5 MiB go in 9 buckets, of 15 MiB the last.
     """
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in learnt) / 2**20
     return max(LEAST, size / BUCKETS) if size < BUCKETS * MOST else None
 
 

@@ -13,7 +13,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from model import GPT
+from model.adapters import Named
 from model.folder import assemble
 from training.config import Config
 from training.engines.contract import Machine, Weights
@@ -41,6 +42,7 @@ from training.engines.pytorch import Accumulating, PyTorchEngine, own_weights
 from training.optimizer import build_optimizers, own_settings
 from training.transfer import Deferred
 
+LEARNT = {"exclude_frozen_parameters": True}  # of what its checkpoints hold
 DeepSpeed = Any  # what deepspeed.initialize returns; it has no types
 
 
@@ -118,7 +120,7 @@ class ZeroEngine(Accumulating):
             return model.to_empty(device=self.device)
         deepspeed.init_distributed(dist_init_required=False, verbose=False)  # else Init takes itself to be alone
         with deepspeed.zero.Init(config_dict_or_path=self.settings):
-            return GPT(model.config)
+            return GPT(model.config, model.adapter)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=False)  # DeepSpeed has its own modes
@@ -147,22 +149,32 @@ class ZeroEngine(Accumulating):
     # --- state by parameter name ---
 
     def weights(self) -> dict[str, Tensor]:
-        """Full float32 weights on the CPU, by Hugging Face name; on rank 0 alone."""
         weights = {}
-        for name, full in self.full_weights():
+        for name, full in self.full_weights(self.learnt()):
             if self.world.rank == 0:
                 weights[name] = full.cpu()
         return weights
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def learnt(self) -> dict[str, nn.Parameter]:
+        """What has masters; the weights beside an adapter have none."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def full_weights(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[Named]:
         """Gathered from all ranks one at a time, for every rank."""
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                yield name, safe_get_full_fp32_param(parameter)
+            for name, parameter in parameters.items():
+                if parameter.requires_grad:
+                    yield name, safe_get_full_fp32_param(parameter)
+                else:
+                    with deepspeed.zero.GatheredParameters(parameter):
+                        yield name, parameter.detach().float().clone()
 
     @contextlib.contextmanager
     def generator(self) -> Iterator[GPT]:
-        whole = self.model if self.stage < 3 else assemble(self.model.config, self.full_weights(), self.device)
+        whole = self.model
+        if self.stage == 3:
+            weights = self.full_weights(dict(self.model.named_parameters()))
+            whole = assemble(self.model.config, weights, self.device, adapter=self.model.adapter)
         with self.eagerly():
             yield whole.eval()
 
@@ -181,7 +193,9 @@ class ZeroEngine(Accumulating):
 
     def set_slot(self, parameter: Any, slot: str, tensor: Tensor) -> None:
         if self.stage < 3:
-            if slot == "fp32":
+            if not parameter.requires_grad:
+                parameter.copy_(tensor)
+            elif slot == "fp32":
                 safe_set_full_fp32_param(parameter, tensor)
             else:
                 safe_set_full_optimizer_state(parameter, tensor, slot)
@@ -191,7 +205,9 @@ class ZeroEngine(Accumulating):
         rank = self.network.optimizer._get_param_partition_rank(parameter)
         shard = tensor.flatten()[rank * size : (rank + 1) * size]
         shard = nn.functional.pad(shard, (0, size - shard.numel()))
-        if slot == "fp32":
+        if not parameter.requires_grad:
+            parameter.ds_tensor.copy_(shard)
+        elif slot == "fp32":
             safe_set_local_fp32_param(parameter, shard)
         else:
             safe_set_local_optimizer_state(parameter, shard, slot)
@@ -239,7 +255,7 @@ class ZeroEngine(Accumulating):
         with contextlib.redirect_stdout(io.StringIO()):
             # the marks are what the universal tool asks of a model that is not Megatron's
             marks = {"universal_checkpoint_info": {}, "iteration": 0}
-            self.network.save_checkpoint(str(folder), tag=TAG, client_state=marks, save_latest=False)
+            self.network.save_checkpoint(str(folder), tag=TAG, client_state=marks, save_latest=False, **LEARNT)
         if self.world.rank == 0:
             (folder / "form.json").write_text(json.dumps(self.form()))
         written = self.network.checkpoint_engine.written()
@@ -254,7 +270,7 @@ class ZeroEngine(Accumulating):
         it do not come back as they were."""
         step = float(self.optimizer.state[self.shards()[0][0]]["step"])
         problem: OSError | None = None
-        for i, (name, parameter) in enumerate(self.model.named_parameters()):
+        for i, (name, parameter) in enumerate(self.learnt().items()):
             slots = {"fp32": safe_get_full_fp32_param(parameter)}
             slots |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
             if i % self.world.size == self.world.rank and problem is None:
@@ -274,14 +290,17 @@ class ZeroEngine(Accumulating):
     def load(self, folder: Path) -> None:
         form = folder / "form.json"
         if form.is_file() and json.loads(form.read_text()) == self.form():
+            strict = self.model.adapter is None
             with contextlib.redirect_stdout(io.StringIO()), own_settings([self.optimizer]):
-                self.network.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+                self.network.load_checkpoint(
+                    str(folder), tag=TAG, load_lr_scheduler_states=False, load_module_strict=strict
+                )
             return
         with named_state(folder, self) as state:
             self.take_over(state)
 
     def take_over(self, state: NamedState) -> None:
-        shapes = {name: parameter_shape(p) for name, p in self.model.named_parameters()}
+        shapes = {name: parameter_shape(p) for name, p in self.learnt().items()}
         self.set_by_name(lambda: ((name, state.read(name, shape)) for name, shape in shapes.items()), state.step)
 
 

@@ -77,7 +77,8 @@ class FSDPEngine(PyTorchEngine):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def weights(self) -> dict[str, Tensor]:
-        return self.whole(StateDictOptions(full_state_dict=True, cpu_offload=True))  # on rank 0 alone, it says
+        # on rank 0 alone, it says
+        return self.whole(StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
 
     def whole(self, options: StateDictOptions) -> dict[str, Tensor]:
         state = get_model_state_dict(self.model, options=options)
@@ -86,4 +87,4 @@ class FSDPEngine(PyTorchEngine):
     @contextlib.contextmanager
     def generator(self) -> Iterator[GPT]:
         weights = self.whole(StateDictOptions(full_state_dict=True))  # on every rank
-        yield assemble(self.model.config, weights.items(), self.device)
+        yield assemble(self.model.config, weights.items(), self.device, adapter=self.model.adapter)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dataset.batch import Batch, PairBatch
 from model import GPT
 from model.attention import Layout
+from model.gpt import nll_by_place
 from training import distributed
 from training.config import Config
 from training.engines import torch_files
@@ -37,6 +38,9 @@ from training.transfer import Deferred
 
 # one process that saves alone is what is meant; said once and for all, since background threads save as well
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+# not the weights beside an adapter, which the starting folder has; that none is missing is asked where files are read
+LEARNT = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Accumulating:
@@ -79,11 +83,11 @@ class Accumulating:
 
     def ask(self, batch: Batch, objective: Objective[Any] | None = None) -> Output:
         """The one place where a batch meets the network. Without an objective it is asked for the single places."""
-        summed = objective is not None and objective.summed
+        criterion = nll_by_place if objective is None else objective.criterion
         return Output(
-            self.network(
+            *self.network(
                 batch.input_ids, batch.position_ids, batch.labels,
-                layout=layout_of(batch), learnt=batch.learnt, summed=summed,
+                layout=layout_of(batch), learnt=batch.learnt, criterion=partial(criterion, batch=batch),
             )
         )  # fmt: skip
 
@@ -232,21 +236,21 @@ class PyTorchEngine(Accumulating):
     # --- state ---
 
     def weights(self) -> dict[str, Tensor]:
-        """Full float32 weights on the CPU, by Hugging Face name; on rank 0 alone."""
         if self.world.rank:
             return {}
-        return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        return {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Any]:
         """Full-precision weights, optimizer state and scaler, by parameter name; each rank its part."""
-        model, optimizer = get_state_dict(self.model, self.optimizers)
+        model, optimizer = get_state_dict(self.model, self.optimizers, options=LEARNT)
         return {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         with own_settings(self.optimizers):
             set_state_dict(
-                self.model, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
+                self.model, self.optimizers,
+                model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=LEARNT,
+            )  # fmt: skip
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 

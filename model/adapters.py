@@ -1,0 +1,279 @@
+"""Adapters: a few new parameters are learnt beside weights that stay as they are.
+
+    adapter = LoRA(rank=16, alpha=32, targets=("q_proj", "v_proj"))
+    model = GPT(config, adapter)                  its projections are LoRALinear; only their A and B are learnt
+    begun(weights, adapter, seed)                 weights of a plain network -> those, and first values of A and B
+    merged(weights, adapter, learnt)              -> weights of a plain network that says what the adapted one says
+
+A module changes its class where it stands: its `weight` keeps name and place, so that everything that goes by names
+(files, roles, sharding) finds what it found before. A kind of adapter is a subclass of `Adapter` and its line in
+ADAPTERS.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Named = tuple[str, Tensor]  # of a parameter
+Settings = dict[str, Any]  # the contents of PEFT's adapter_config.json
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+VOCABULARY = ("model.embed_tokens", "lm_head")  # the modules with a row for every token
+MATRICES = ("lora_A", "lora_B")  # names of parameters that multiply
+A, B, MAGNITUDE, ROWS = "lora_A", "lora_B", "lora_magnitude_vector", "trainable_tokens_delta"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(ABC):
+    """One adapter's settings, and what follows from them."""
+
+    kind: ClassVar[str]
+    theirs: ClassVar[dict[str, str]]  # PEFT's ends of the names of parameters, by ours
+
+    dropout: float = 0.0
+    tokens: tuple[int, ...] = ()  # those whose rows of embedding and head are learnt
+    base: str = ""  # the model folder that it stands on
+
+    @abstractmethod
+    def install(self, network: nn.Module) -> None:
+        """Give modules their new parameters, in place and without values."""
+
+    @abstractmethod
+    def first(self, name: str, weight: Tensor, generator: torch.Generator) -> Iterator[Named]:
+        """First values of the parameters that stand beside the one of this name: the network says what it said."""
+
+    @abstractmethod
+    def merge(self, name: str, weight: Tensor, learnt: Mapping[str, Tensor]) -> Tensor:
+        """The parameter of this name that does without those beside it."""
+
+    @abstractmethod
+    def to_peft(self) -> Settings: ...
+
+    @classmethod
+    @abstractmethod
+    def from_peft(cls, settings: Settings, names: Iterable[str], n_layers: int) -> "Adapter":
+        """names: of the parameters that were saved, ours.
+
+        Raises KeyError where a setting is missing, and ValueError for what there is no place for.
+        """
+
+
+# LoRA ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Adapter):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, section 4.1): y = W x + s B A x, with s = alpha / rank.
+
+    rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732). dora: the rows of W + s B A are scaled to a
+    length that is learnt as well (Liu et al. 2024, arXiv:2402.09353, equation 5, its divisor without a gradient).
+    """
+
+    kind: ClassVar[str] = "lora"
+    theirs: ClassVar[dict[str, str]] = {A: f"{A}.weight", B: f"{B}.weight", ROWS: f"token_adapter.{ROWS}"}
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = LINEAR  # last parts of the names of linear layers, or whole names
+    rslora: bool = False
+    dora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def adapts(self, path: str) -> bool:
+        """Whether the linear layer of this name gets A and B; those of blocks only, as PEFT's "all-linear"."""
+        return ".layers." in path and any(path == name or path.endswith(f".{name}") for name in self.targets)
+
+    def install(self, network: nn.Module) -> None:
+        """Raises ValueError for a target that names no linear layer of a block."""
+        linear = [(path, module) for path, module in network.named_modules() if type(module) is nn.Linear]
+        for target in self.targets:
+            if not any(LoRA(targets=(target,)).adapts(path) for path, _ in linear):
+                raise ValueError(f"{target!r} names no linear layer of a block; there are {', '.join(LINEAR)}")
+        for path, layer in linear:
+            if self.adapts(path):
+                LoRALinear.of(layer, self)
+        for path, module in list(network.named_modules()) if self.tokens else ():
+            if path in VOCABULARY:
+                LearntRows.of(module, self.tokens)
+
+    def first(self, name: str, weight: Tensor, generator: torch.Generator) -> Iterator[Named]:
+        """A as nn.Linear's own weights, B zero."""
+        path, _, last = name.rpartition(".")
+        if last == "weight" and self.adapts(path):
+            out, into = weight.shape
+            bound = 1 / math.sqrt(into)
+            yield f"{path}.{A}", torch.empty(self.rank, into).uniform_(-bound, bound, generator=generator)
+            yield f"{path}.{B}", torch.zeros(out, self.rank)
+            if self.dora:
+                yield f"{path}.{MAGNITUDE}", row_lengths(weight)
+        if self.tokens and path in VOCABULARY:
+            yield f"{path}.{ROWS}", weight[list(self.tokens)]
+
+    def merge(self, name: str, weight: Tensor, learnt: Mapping[str, Tensor]) -> Tensor:
+        path = name.rpartition(".")[0]
+        if f"{path}.{B}" in learnt and name.endswith(".weight"):
+            a, b = learnt[f"{path}.{A}"], learnt[f"{path}.{B}"]
+            return changed(weight, a, b, self.scale, learnt.get(f"{path}.{MAGNITUDE}"))
+        if f"{path}.{ROWS}" in learnt:
+            return weight.index_copy(0, torch.tensor(self.tokens), learnt[f"{path}.{ROWS}"])
+        return weight
+
+    def to_peft(self) -> Settings:
+        rows = {path.rpartition(".")[2]: list(self.tokens) for path in VOCABULARY}
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "inference_mode": True,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": list(self.targets),
+            "use_rslora": self.rslora,
+            "use_dora": self.dora,
+            "trainable_token_indices": rows if self.tokens else None,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+        }
+
+    @classmethod
+    def from_peft(cls, settings: Settings, names: Iterable[str], n_layers: int) -> "LoRA":
+        """What is adapted is read off the names, where PEFT may have kept a pattern."""
+        adapted = [name.rpartition(".")[0] for name in names if name.endswith(f".{B}")]
+        plain = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}}
+        plain |= {"alpha_pattern": {}, "layer_replication": None, "target_parameters": None, "lora_bias": False}
+        for key, expected in plain.items():
+            if (settings.get(key) or expected) != expected:
+                raise ValueError(f"found {key} {settings[key]!r}, expected {expected!r}: no other can be opened")
+        rows = settings.get("trainable_token_indices") or []
+        kinds = list(rows.values()) if isinstance(rows, dict) else [rows]
+        if any(each != kinds[0] for each in kinds):
+            raise ValueError("found trainable_token_indices that differ between modules, expected the same for all")
+        short = tuple(name for name in LINEAR if any(path.endswith(f".{name}") for path in adapted))
+        return cls(
+            rank=settings["r"],
+            alpha=settings["lora_alpha"],
+            dropout=settings.get("lora_dropout") or 0.0,
+            targets=short if len(adapted) == len(short) * n_layers else tuple(sorted(adapted)),
+            rslora=bool(settings.get("use_rslora")),
+            dora=bool(settings.get("use_dora")),
+            tokens=tuple(kinds[0]),
+            base=settings.get("base_model_name_or_path") or "",
+        )
+
+
+class LoRALinear(nn.Linear):
+    """nn.Linear with A (rank, in) and B (out, rank), and with DoRA a length for each row, (out,)."""
+
+    adapter: LoRA
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
+
+    @classmethod
+    def of(cls, linear: nn.Linear, adapter: LoRA) -> None:
+        linear.__class__ = cls
+        made = cast(LoRALinear, linear)
+        made.adapter = adapter
+        made.lora_A = nn.Parameter(torch.empty(adapter.rank, linear.in_features))
+        made.lora_B = nn.Parameter(torch.empty(linear.out_features, adapter.rank))
+        made.lora_magnitude_vector = nn.Parameter(torch.empty(linear.out_features)) if adapter.dora else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapter, y = self.adapter, super().forward(x)
+        dropped = F.dropout(x, adapter.dropout, self.training) if adapter.dropout else x
+        y = y + F.linear(F.linear(dropped, self.lora_A), self.lora_B) * adapter.scale
+        if self.lora_magnitude_vector is None:
+            return y
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            length = row_lengths(changed(self.weight, self.lora_A, self.lora_B, adapter.scale))
+        return y * (self.lora_magnitude_vector / length).to(y.dtype)
+
+    def effective_weight(self) -> Tensor:
+        return changed(self.weight, self.lora_A, self.lora_B, self.adapter.scale, self.lora_magnitude_vector)
+
+
+def changed(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    """W + s B A, (out, in); with a magnitude, (out,), its rows are of that length."""
+    weight = weight + (b @ a) * scale
+    return weight if magnitude is None else weight * (magnitude / row_lengths(weight))[:, None]
+
+
+def row_lengths(weight: Tensor) -> Tensor:
+    """(out, in) -> (out,)."""
+    return torch.linalg.vector_norm(weight, dim=1)
+
+
+class LearntRows(nn.Module):
+    """An embedding or a head of which some tokens' rows are learnt: `weight` stays, and its rows are replaced."""
+
+    weight: Tensor
+    trainable_tokens_delta: nn.Parameter  # (tokens, dim): PEFT's name, though it holds values and no differences
+    index: Tensor  # int64 (tokens,)
+
+    @classmethod
+    def of(cls, module: nn.Module, tokens: tuple[int, ...]) -> None:
+        embeds = isinstance(module, nn.Embedding)
+        module.__class__ = LearntEmbedding if embeds else LearntHead
+        made = cast(LearntRows, module)
+        # no buffer: a network is made without values, and its buffers would be filled with nothing
+        made.index = torch.tensor(tokens, device="cpu")
+        width = module.embedding_dim if isinstance(module, nn.Embedding) else cast(nn.Linear, module).in_features
+        made.trainable_tokens_delta = nn.Parameter(torch.empty(len(tokens), width))
+
+    def effective_weight(self) -> Tensor:
+        rows = self.trainable_tokens_delta
+        if self.index.device != rows.device:
+            self.index = self.index.to(rows.device)
+        return self.weight.index_copy(0, self.index, rows)
+
+
+class LearntEmbedding(LearntRows, nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.effective_weight())
+
+
+class LearntHead(LearntRows, nn.Linear):
+    """It is never called: who needs the head asks for its effective weight."""
+
+
+def effective_weight(module: nn.Linear | nn.Embedding) -> Tensor:
+    """The matrix that a module stands for: its weight, with what an adapter has made of it."""
+    return module.effective_weight() if isinstance(module, LoRALinear | LearntRows) else module.weight
+
+
+# All kinds ----------------------------------------------------------------------------------------------------------
+
+ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA}
+
+
+def install(adapter: Adapter, network: nn.Module) -> None:
+    """Adapt a network in place; from then on its new parameters alone are learnt."""
+    before = {name for name, _ in network.named_parameters()}
+    adapter.install(network)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name not in before)
+
+
+def begun(weights: Iterable[Named], adapter: Adapter, seed: int) -> Iterator[Named]:
+    """All parameters of a network whose adapter has learnt nothing yet, one at a time: the same for one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in weights:
+        yield name, weight
+        yield from adapter.first(name, weight, generator)
+
+
+def merged(weights: Iterable[Named], adapter: Adapter, learnt: Mapping[str, Tensor]) -> Iterator[Named]:
+    """Parameters of the plain network that says what the adapted one says, one at a time."""
+    return ((name, adapter.merge(name, weight, learnt)) for name, weight in weights)

@@ -1,0 +1,188 @@
+"""LoRA: what it leaves as it was, what it learns, and that beside the weights, merged and saved it says the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import GPT, generate, load_pretrained, save_pretrained
+from model.adapter_folder import base_folder, load_adapter, save_adapter, tokenizer_folder
+from model.adapters import ADAPTERS, LINEAR, LoRA, LoRALinear, begun, merged
+from model.folder import assemble
+from model.gpt import nll_by_place, summed_nll
+
+SETTINGS = {
+    "lora": {},
+    "attention": {"targets": ("q_proj", "o_proj"), "rslora": True},
+    "dora": {"dora": True},
+    "tokens": {"tokens": (1, 4, 7)},
+    "all of it, untied": {"dora": True, "tokens": (0, 9), "targets": (*LINEAR,)},
+}
+IDS = torch.arange(5, 65).view(2, 30)
+
+
+@pytest.fixture(params=SETTINGS)
+def pair(request, make_model) -> tuple[GPT, GPT]:
+    """A network, and the same with an adapter that has learnt nothing."""
+    base = make_model(tie_embeddings="untied" not in request.param)
+    return base, adapted(base, LoRA(rank=4, alpha=6, **SETTINGS[request.param]))
+
+
+def adapted(base: GPT, adapter: LoRA) -> GPT:
+    return assemble(base.config, begun(base.state_dict().items(), adapter, seed=3), adapter=adapter)
+
+
+def learnt(model: GPT) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def shake(model: GPT) -> GPT:
+    """As after some training."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in learnt(model).values():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model
+
+
+@torch.no_grad()
+def apart(one: GPT, other: GPT) -> float:
+    """The largest difference of their logits, as a share of the largest logit."""
+    logits = one(IDS)
+    return float((logits - other(IDS)).abs().max() / logits.abs().max())
+
+
+def test_an_adapter_that_has_learnt_nothing_changes_no_bit(pair):
+    base, model = pair
+    assert torch.equal(model(IDS), base(IDS))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.state_dict().items())
+
+
+def test_merged_is_unmerged(pair):
+    base, model = pair
+    shake(model)
+    weights = dict(merged(base.state_dict().items(), model.adapter, learnt(model)))
+    plain = assemble(base.config, weights.items())
+    assert apart(plain, model) < 1e-5 < 1e-3 < apart(base, model)
+    settings = {"max_new_tokens": 12, "temperature": 0.0}
+    prompts = [[5, 6, 7], [8]]
+    assert generate(model, prompts, **settings) == generate(plain, prompts, **settings)
+
+
+def test_only_the_adapter_learns_and_it_learns_what_the_merged_weights_say(pair):
+    """Gradients against those of the merged weights, taken through them by the chain rule; both ways of the loss."""
+    base, model = pair
+    shake(model)
+    found = []
+    for criterion in (summed_nll, nll_by_place):
+        model.zero_grad()
+        model(IDS[:, :-1], labels=IDS[:, 1:], criterion=criterion)[0].sum().backward()
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in learnt(model).items()}
+    weights = dict(merged(base.state_dict().items(), model.adapter, leaves))
+    logits = torch.func.functional_call(base, weights, (IDS[:, :-1],))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-4)
+        if not model.adapter.dora:  # whose divisor has no gradient, by definition
+            torch.testing.assert_close(found[0][name], leaf.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_dora_is_the_paper_s_formula(make_model):
+    """Equation 5, its norm a constant: written out for one layer."""
+    base = make_model()
+    model = shake(adapted(base, LoRA(rank=3, alpha=6, dora=True, targets=("up_proj",))))
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(5, base.config.dim)
+    a, b, m = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
+    direction = layer.weight + 2 * b @ a
+    expected = x @ (m[:, None] * direction / direction.norm(dim=1, keepdim=True).detach()).T
+    torch.testing.assert_close(layer(x), expected)
+    got, wanted = (torch.autograd.grad(y.square().sum(), (a, b, m)) for y in (layer(x), expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_falls_on_what_enters_a_and_only_in_training(make_model):
+    model = shake(adapted(make_model(), LoRA(dropout=0.5)))
+    assert torch.equal(model(IDS), model(IDS))
+    model.train()
+    assert not torch.equal(model(IDS), model(IDS))
+
+
+def test_first_values_follow_from_the_seed(make_model):
+    base, adapter = make_model(), LoRA(rank=2)
+    one, again, other = (dict(begun(base.state_dict().items(), adapter, seed)) for seed in (1, 1, 2))
+    name = "model.layers.1.mlp.down_proj.lora_A"
+    assert torch.equal(one[name], again[name]) and not torch.equal(one[name], other[name])
+
+
+def test_sizes(make_model):
+    base = make_model()
+    model = adapted(base, LoRA(rank=4))
+    kinds = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    assert len(kinds) == 7 * base.config.n_layers
+    assert model.num_parameters(learnt=True) == sum(4 * (m.in_features + m.out_features) for m in kinds)
+    assert model.num_parameters() == base.num_parameters() + model.num_parameters(learnt=True)
+    matmul = base.config.multiplied()
+    assert model.flops_per_token(0) == 4 * matmul + 6 * model.num_parameters(learnt=True)
+    assert base.flops_per_token(64) == base.config.flops_per_token(64)
+
+
+def test_a_target_that_is_not_there_is_named(make_model):
+    with pytest.raises(ValueError, match=r"'w_q' names no linear layer of a block; there are q_proj"):
+        GPT(make_model().config, LoRA(targets=("q_proj", "w_q")))
+
+
+# Folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(pair, tmp_path) -> tuple[GPT, Path]:
+    base, model = pair
+    save_pretrained(base, tmp_path / "runs" / "base")
+    object.__setattr__(model.adapter, "base", "elsewhere/runs/base")
+    save_adapter(model.adapter, learnt(shake(model)), tmp_path / "runs" / "tuned")
+    return model, tmp_path / "runs" / "tuned"
+
+
+def test_a_folder_brings_back_the_adapter_and_opens_as_a_plain_model(saved):
+    model, folder = saved
+    adapter, weights = load_adapter(folder, model.config)
+    assert adapter == model.adapter
+    assert weights.keys() == learnt(model).keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in learnt(model).items())
+    assert base_folder(folder) == folder.parent / "base"  # a tree of runs that was moved
+    opened = load_pretrained(folder)
+    assert opened.adapter is None and apart(opened, model) < 1e-5
+    twice = load_pretrained(folder.parent / "base", adapters=[folder, folder])
+    again = dict(merged(opened.state_dict().items(), adapter, weights))
+    assert all(torch.equal(twice.state_dict()[name], again[name]) for name in again)
+    assert tokenizer_folder(folder) == folder
+    (folder.parent / "base" / "tokenizer.json").touch()
+    assert tokenizer_folder(folder) == folder.parent / "base"
+
+
+def test_folders_that_cannot_be_opened_say_why(make_model, tmp_path):
+    model = adapted(make_model(), LoRA(rank=2, targets=("q_proj",), base="gone/base"))
+    save_adapter(model.adapter, learnt(model), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    with pytest.raises(FileNotFoundError, match="stands on 'gone/base', which is no model folder here"):
+        load_pretrained(tmp_path)
+    for change, said in (
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; expected one of LORA"),
+        ({"bias": "all"}, "found bias 'all', expected 'none'"),
+        ({"r": 3}, r"shape of model.layers.0.self_attn.q_proj.lora_A: found \(2, "),
+        ({"trainable_token_indices": [3]}, "missing: model.embed_tokens.trainable_tokens_delta"),
+        ({"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}}, "trainable_token_indices that differ"),
+    ):
+        config.write_text(json.dumps(settings | change))
+        with pytest.raises(ValueError, match=said):
+            load_adapter(tmp_path, model.config)
+    config.write_text(json.dumps({key: value for key, value in settings.items() if key != "r"}))
+    with pytest.raises(ValueError, match="the key 'r' is missing"):
+        load_adapter(tmp_path, model.config)
+    assert list(ADAPTERS) == ["lora"]
