@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.adapters import effective_weight
+from model.adapters import behind, effective_weight
 from model.attention import apply_rotary, rotary
 from model.gpt import GPT, Block
 
@@ -149,10 +149,10 @@ class CachedGPT:
                 qk = torch.cat((q, k), 1)
             qk = apply_rotary(qk, cos, sin)
             out = attend(layer, qk[:, :-kv_heads], qk[:, -kv_heads:], v)
-            x = x + self.linear(out.reshape(len(ids), -1), weights.o)
+            x = x + behind(block.self_attn.o_proj, self.linear(out.reshape(len(ids), -1), weights.o))
             h = block.post_attention_layernorm(x)
             h = F.silu(self.linear(h, weights.gate), inplace=True).mul_(self.linear(h, weights.up))
-            x = x + self.linear(h, weights.down)
+            x = x + behind(block.mlp.down_proj, self.linear(h, weights.down))
         return self.model.model.norm(x)
 
     def keep(self, rows: Sequence[int]) -> None:
