@@ -3,7 +3,7 @@
 python eval_model.py                                               the newest out/full_sft_*
 python eval_model.py --model_mode 1 --n_layers 16 --dim 768        0 pretrain, 1 full_sft, 2 dpo: out/full_sft_768
 python eval_model.py --model FOLDER --prompt "Who are you?"        one answer of any Llama- or Qwen3-family folder
-python eval_model.py --model BASE --adapter FOLDER                 an adapter on its base; several are merged in order
+python eval_model.py --adapter FOLDER                              an adapter on its base; several are merged in order
 python eval_model.py --score val.jsonl pairs.jsonl --json          loss, bits per byte, exact match, preferences
 
 Answers go to stdout, everything else to stderr, so `echo "Hi" | python eval_model.py > answers.txt` holds answers \
@@ -78,17 +78,17 @@ def run(arguments: argparse.Namespace) -> None:
         from training.distributed import World, pick_device, pick_dtype
 
     # 1. Which folder
-    folder = find_folder(arguments)
-    arguments.adapter = [model_folder(name, arguments.out_dir) for name in arguments.adapter]
+    adapters = [model_folder(name, arguments.out_dir) for name in arguments.adapter]
+    folder = adapters.pop(0) if adapters and not arguments.model else find_folder(arguments)
     check_shape(arguments, load_config(folder), folder)
 
     # 2. Model and tokenizer
     device = pick_device(arguments.device, World())
     # the CPU stays at full precision unless asked: its answers do not depend on the machine then
     dtype = pick_dtype("float32" if (arguments.dtype, device.type) == ("auto", "cpu") else arguments.dtype, device)
-    model = load_pretrained(folder, device, dtype, arguments.adapter)
-    tokenizer = load_tokenizer(tokenizer_folder(folder, arguments.adapter))
-    stacked = [folder, *arguments.adapter]
+    model = load_pretrained(folder, device, dtype, adapters)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, adapters))
+    stacked = [folder, *adapters]
     say(
         f"{' + '.join(map(str, stacked))}: {model.num_parameters() / 1e6:.1f} M parameters, "
         f"context {model.config.max_seq_len}, on {device} in {str(dtype).removeprefix('torch.')}"
@@ -130,7 +130,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="open this instead: a run in out_dir by its name, or any Llama or Qwen3 folder",
     )
     which.add_argument(
-        "--adapter", nargs="+", default=[], metavar="FOLDER", help="with these merged into it, one after another"
+        "--adapter", nargs="+", default=[], metavar="FOLDER", help="these on it, or on the first one's base"
     )
     add_shapes(which, parser.add_argument_group("shape, checked against the folder's config.json"))
     which.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")

@@ -26,8 +26,10 @@ Settings = dict[str, Any]  # the contents of PEFT's adapter_config.json
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 VOCABULARY = ("model.embed_tokens", "lm_head")  # the modules with a row for every token
-MATRICES = ("lora_A", "lora_B")  # names of parameters that multiply
+MATRICES = ("lora_A", "lora_B", "adapter_down", "adapter_up")  # names of parameters that multiply
 A, B, MAGNITUDE, ROWS = "lora_A", "lora_B", "lora_magnitude_vector", "trainable_tokens_delta"
+PEFT_ROWS = f"token_adapter.{ROWS}"
+INTO_RESIDUAL = ("self_attn.o_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class Adapter(ABC):
 
     kind: ClassVar[str]
     theirs: ClassVar[dict[str, str]]  # PEFT's ends of the names of parameters, by ours
+    merges: ClassVar[bool] = True  # whether a plain network can say what the adapted one says
 
-    dropout: float = 0.0
     tokens: tuple[int, ...] = ()  # those whose rows of embedding and head are learnt
     base: str = ""  # the model folder that it stands on
 
@@ -49,9 +51,23 @@ class Adapter(ABC):
     def first(self, name: str, weight: Tensor, generator: torch.Generator) -> Iterator[Named]:
         """First values of the parameters that stand beside the one of this name: the network says what it said."""
 
-    @abstractmethod
     def merge(self, name: str, weight: Tensor, learnt: Mapping[str, Tensor]) -> Tensor:
-        """The parameter of this name that does without those beside it."""
+        """The parameter of this name that does without those beside it. For kinds that merge."""
+        raise ValueError(
+            f"a {self.kind} adapter is no change of weights, so it cannot be merged into them; a stage goes on "
+            f"with it by --adapter {self.kind}"
+        )
+
+    def shared_settings(self) -> Settings:
+        """What adapter_config.json says of every kind."""
+        rows = {path.rpartition(".")[2]: list(self.tokens) for path in VOCABULARY}
+        return {
+            "peft_type": self.kind.upper(),
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "inference_mode": True,
+            "trainable_token_indices": rows if self.tokens else None,
+        }
 
     @abstractmethod
     def to_peft(self) -> Settings: ...
@@ -77,10 +93,11 @@ class LoRA(Adapter):
     """
 
     kind: ClassVar[str] = "lora"
-    theirs: ClassVar[dict[str, str]] = {A: f"{A}.weight", B: f"{B}.weight", ROWS: f"token_adapter.{ROWS}"}
+    theirs: ClassVar[dict[str, str]] = {A: f"{A}.weight", B: f"{B}.weight", ROWS: PEFT_ROWS}
 
     rank: int = 16
     alpha: float = 32.0
+    dropout: float = 0.0  # of what enters A
     targets: tuple[str, ...] = LINEAR  # last parts of the names of linear layers, or whole names
     rslora: bool = False
     dora: bool = False
@@ -102,9 +119,6 @@ class LoRA(Adapter):
         for path, layer in linear:
             if self.adapts(path):
                 LoRALinear.of(layer, self)
-        for path, module in list(network.named_modules()) if self.tokens else ():
-            if path in VOCABULARY:
-                LearntRows.of(module, self.tokens)
 
     def first(self, name: str, weight: Tensor, generator: torch.Generator) -> Iterator[Named]:
         """A as nn.Linear's own weights, B zero."""
@@ -116,32 +130,22 @@ class LoRA(Adapter):
             yield f"{path}.{B}", torch.zeros(out, self.rank)
             if self.dora:
                 yield f"{path}.{MAGNITUDE}", row_lengths(weight)
-        if self.tokens and path in VOCABULARY:
-            yield f"{path}.{ROWS}", weight[list(self.tokens)]
 
     def merge(self, name: str, weight: Tensor, learnt: Mapping[str, Tensor]) -> Tensor:
         path = name.rpartition(".")[0]
         if f"{path}.{B}" in learnt and name.endswith(".weight"):
             a, b = learnt[f"{path}.{A}"], learnt[f"{path}.{B}"]
             return changed(weight, a, b, self.scale, learnt.get(f"{path}.{MAGNITUDE}"))
-        if f"{path}.{ROWS}" in learnt:
-            return weight.index_copy(0, torch.tensor(self.tokens), learnt[f"{path}.{ROWS}"])
         return weight
 
     def to_peft(self) -> Settings:
-        rows = {path.rpartition(".")[2]: list(self.tokens) for path in VOCABULARY}
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base,
-            "inference_mode": True,
+        return self.shared_settings() | {
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": list(self.targets),
             "use_rslora": self.rslora,
             "use_dora": self.dora,
-            "trainable_token_indices": rows if self.tokens else None,
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": True,
@@ -156,10 +160,6 @@ class LoRA(Adapter):
         for key, expected in plain.items():
             if (settings.get(key) or expected) != expected:
                 raise ValueError(f"found {key} {settings[key]!r}, expected {expected!r}: no other can be opened")
-        rows = settings.get("trainable_token_indices") or []
-        kinds = list(rows.values()) if isinstance(rows, dict) else [rows]
-        if any(each != kinds[0] for each in kinds):
-            raise ValueError("found trainable_token_indices that differ between modules, expected the same for all")
         short = tuple(name for name in LINEAR if any(path.endswith(f".{name}") for path in adapted))
         return cls(
             rank=settings["r"],
@@ -168,7 +168,7 @@ class LoRA(Adapter):
             targets=short if len(adapted) == len(short) * n_layers else tuple(sorted(adapted)),
             rslora=bool(settings.get("use_rslora")),
             dora=bool(settings.get("use_dora")),
-            tokens=tuple(kinds[0]),
+            tokens=tokens_in(settings),
             base=settings.get("base_model_name_or_path") or "",
         )
 
@@ -215,6 +215,90 @@ def row_lengths(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=1)
 
 
+# Bottlenecks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(Adapter):
+    """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751, section 2.1): what attention and feed-forward give,
+    h, becomes h + U gelu(D h + d) + u before it is added to the residual stream. D is (size, dim), U (dim, size).
+
+    The paper learns the norms as well, which here stay as they are. Its form on disk is PEFT's two files, but PEFT has
+    no such adapter and does not open them.
+    """
+
+    kind: ClassVar[str] = "bottleneck"
+    theirs: ClassVar[dict[str, str]] = {ROWS: PEFT_ROWS}
+    merges: ClassVar[bool] = False
+
+    size: int = 64
+
+    def install(self, network: nn.Module) -> None:
+        for path, module in list(network.named_modules()):
+            if path.endswith(INTO_RESIDUAL) and isinstance(module, nn.Linear):
+                BottleneckLinear.of(module, self.size)
+
+    def first(self, name: str, weight: Tensor, generator: torch.Generator) -> Iterator[Named]:
+        """D as nn.Linear's own weights, all else zero."""
+        path, _, last = name.rpartition(".")
+        if last == "weight" and path.endswith(INTO_RESIDUAL):
+            dim, bound = len(weight), 1 / math.sqrt(len(weight))
+            yield f"{path}.adapter_down", torch.empty(self.size, dim).uniform_(-bound, bound, generator=generator)
+            yield f"{path}.adapter_down_bias", torch.zeros(self.size)
+            yield f"{path}.adapter_up", torch.zeros(dim, self.size)
+            yield f"{path}.adapter_up_bias", torch.zeros(dim)
+
+    def to_peft(self) -> Settings:
+        return self.shared_settings() | {"bottleneck_size": self.size}
+
+    @classmethod
+    def from_peft(cls, settings: Settings, names: Iterable[str], n_layers: int) -> "Bottleneck":
+        base = settings.get("base_model_name_or_path") or ""
+        return cls(size=settings["bottleneck_size"], tokens=tokens_in(settings), base=base)
+
+
+class BottleneckLinear(nn.Linear):
+    """The last matrix of attention or feed-forward, and the bottleneck behind it."""
+
+    adapter_down: nn.Parameter
+    adapter_down_bias: nn.Parameter
+    adapter_up: nn.Parameter
+    adapter_up_bias: nn.Parameter
+
+    @classmethod
+    def of(cls, linear: nn.Linear, size: int) -> None:
+        linear.__class__ = cls
+        made, dim = cast(BottleneckLinear, linear), linear.out_features
+        made.adapter_down = nn.Parameter(torch.empty(size, dim))
+        made.adapter_down_bias = nn.Parameter(torch.empty(size))
+        made.adapter_up = nn.Parameter(torch.empty(dim, size))
+        made.adapter_up_bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(super().forward(x))
+
+    def behind(self, h: Tensor) -> Tensor:
+        inner = F.gelu(F.linear(h, self.adapter_down, self.adapter_down_bias))
+        return h + F.linear(inner, self.adapter_up, self.adapter_up_bias)
+
+
+def behind(module: nn.Linear, h: Tensor) -> Tensor:
+    """What a module gives, where `h` is what its effective weight does."""
+    return module.behind(h) if isinstance(module, BottleneckLinear) else h
+
+
+# Rows of tokens, of every kind ---------------------------------------------------------------------------------------
+
+
+def tokens_in(settings: Settings) -> tuple[int, ...]:
+    """Raises ValueError where embedding and head learn different rows."""
+    rows = settings.get("trainable_token_indices") or []
+    kinds = list(rows.values()) if isinstance(rows, dict) else [rows]
+    if any(each != kinds[0] for each in kinds):
+        raise ValueError("found trainable_token_indices that differ between modules, expected the same for all")
+    return tuple(kinds[0])
+
+
 class LearntRows(nn.Module):
     """An embedding or a head of which some tokens' rows are learnt: `weight` stays, and its rows are replaced."""
 
@@ -255,13 +339,16 @@ def effective_weight(module: nn.Linear | nn.Embedding) -> Tensor:
 
 # All kinds ----------------------------------------------------------------------------------------------------------
 
-ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA}
+ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "bottleneck": Bottleneck}
 
 
 def install(adapter: Adapter, network: nn.Module) -> None:
     """Adapt a network in place; from then on its new parameters alone are learnt."""
     before = {name for name, _ in network.named_parameters()}
     adapter.install(network)
+    for path, module in list(network.named_modules()) if adapter.tokens else ():
+        if path in VOCABULARY:
+            LearntRows.of(module, adapter.tokens)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in before)
 
@@ -272,8 +359,16 @@ def begun(weights: Iterable[Named], adapter: Adapter, seed: int) -> Iterator[Nam
     for name, weight in weights:
         yield name, weight
         yield from adapter.first(name, weight, generator)
+        path = name.removesuffix(".weight")
+        if adapter.tokens and path in VOCABULARY:
+            yield f"{path}.{ROWS}", weight[list(adapter.tokens)]
 
 
 def merged(weights: Iterable[Named], adapter: Adapter, learnt: Mapping[str, Tensor]) -> Iterator[Named]:
-    """Parameters of the plain network that says what the adapted one says, one at a time."""
-    return ((name, adapter.merge(name, weight, learnt)) for name, weight in weights)
+    """Parameters of the plain network that says what the adapted one says, one at a time. Raises ValueError for a kind
+    that does not merge."""
+    for name, weight in weights:
+        rows = learnt.get(f"{name.removesuffix('.weight')}.{ROWS}")
+        if rows is not None:
+            weight = weight.index_copy(0, torch.tensor(adapter.tokens), rows)
+        yield name, adapter.merge(name, weight, learnt)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.adapters import effective_weight
+from model.adapters import behind, effective_weight
 from model.attention import apply_rotary, rotary
 from model.gpt import GPT, Block
 
@@ -62,7 +62,6 @@ class CachedGPT:
         self.static = self.device.type == "cuda" if static is None else static
         onednn = onednn_fits(head)
         self.linear: Callable[[Tensor, Tensor], Tensor] = onednn_linear if onednn else F.linear
-        self.add_linear = onednn_add_linear if onednn else add_linear
         # one row of float32 gains too little from another layout to pay for the copies
         packed = onednn and (len(prompts) > 1 or self.dtype != torch.float32)
         with torch.inference_mode():
@@ -160,9 +159,9 @@ class CachedGPT:
                 qk = torch.cat((q, k), 1)
             qk = apply_rotary(qk, cos, sin)
             out = attend(layer, qk[:, :-kv_heads], qk[:, -kv_heads:], v)
-            x = self.add_linear(x, out.reshape(len(ids), -1), weights.o)
+            x = x + behind(block.self_attn.o_proj, self.linear(out.reshape(len(ids), -1), weights.o))
             gate, up = self.linear(block.post_attention_layernorm(x), weights.gate_up).chunk(2, -1)
-            x = self.add_linear(x, F.silu(gate).mul_(up), weights.down)
+            x = x + behind(block.mlp.down_proj, self.linear(F.silu(gate).mul_(up), weights.down))
         return self.model.model.norm(x)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -202,15 +201,6 @@ def laid_out(weight: Tensor, rows: int) -> Tensor:
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear by oneDNN. These are the operators that torch.compile's CPU backend uses."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-def onednn_add_linear(to: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`add_linear` by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, to, weight, None, "add")
-
-
-def add_linear(to: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return torch.addmm(to, x, weight.t())
 
 
 def attend_once(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ adapter opens as the plain model that it makes of its base.
 """
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,16 +76,25 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     adapters: Sequence[str | Path] = (),
 ) -> GPT:
-    """Open a model folder, in eval mode, with the adapters of other folders merged into it one after another.
+    """Open a model folder, in eval mode, with the adapters of other folders merged into it one after another. One of a
+    kind that does not merge stays beside the weights, and must be the last.
 
     Raises FileNotFoundError where a file is missing and ValueError, listing the keys, where the weights are not
     exactly those of config.json.
     """
     config = load_config(folder)
-    weights = folder_weights(folder, config)
-    for each in adapters:
-        weights = merged(weights, *load_adapter(each, config))
-    return assemble(config, weights, device, dtype)
+    stacked = [*([folder] if is_adapter(folder) else []), *adapters]
+    weights: Iterable[Named] = folder_weights(base_folder(folder) if is_adapter(folder) else folder, config)
+    beside: Adapter | None = None
+    for each in stacked:
+        if beside is not None:
+            raise ValueError(f"{each}: a {beside.kind} adapter does not merge, so none can come after it; give it last")
+        adapter, learnt = load_adapter(each, config)
+        if adapter.merges:
+            weights = merged(weights, adapter, learnt)
+        else:
+            beside, weights = adapter, itertools.chain(weights, learnt.items())
+    return assemble(config, weights, device, dtype, beside)
 
 
 def assemble(

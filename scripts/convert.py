@@ -47,6 +47,10 @@ def merge(adapters: list[Path], base: Path | None, into: Path) -> None:
         raise ValueError(f"--into {into} is there already; give the name of a new folder")
     first, *others = ([] if base is None else [base]) + adapters
     model = load_pretrained(first, adapters=others)
+    if model.adapter is not None:
+        raise ValueError(
+            f"{adapters[-1]}: a {model.adapter.kind} adapter is no change of weights, so it does not merge"
+        )
     tokenizer = load_tokenizer(tokenizer_folder(first, others))
     export_model(model, model.state_dict(), tokenizer, into)
     print(f"{into}: {model.num_parameters():,} parameters, merged of {' + '.join(map(str, [first, *others]))}")

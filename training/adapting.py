@@ -50,12 +50,15 @@ def found_adapter(asked: Config, init: str, shape: GPTConfig) -> Adapter:
     flags = flags_of(adapter)
     for name in flags:
         wanted, found = getattr(asked, name), flags[name]
-        if name != "lora_dropout" and wanted is not None and wanted != found:
+        if not name.endswith("_dropout") and wanted is not None and wanted != found:
             raise ValueError(
                 f"--{name} {wanted} contradicts the adapter in {init}, which has {found}; leave the flag out to go on "
                 "with that one, or make a model of it to adapt anew: python scripts/convert.py merge"
             )
-    return replace(adapter, dropout=asked.lora_dropout, base=str(base_folder(init)))
+    own: dict[str, Any] = (
+        {"dropout": asked.lora_dropout} if "lora_dropout" in flags else {}
+    )  # it belongs to training alone
+    return replace(adapter, base=str(base_folder(init)), **own)
 
 
 def settings_of(asked: Config) -> dict[str, Any]:

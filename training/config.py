@@ -24,6 +24,7 @@ import yaml
 from training.names import flags_among, unknown_names
 
 SAMPLE = str(Path(__file__).parent.parent / "dataset" / "sample")
+KINDS = ("lora", "bottleneck")  # of adapters; model/adapters.py has their classes
 BEST = "best"  # the folder, within a run's, of the best model so far
 
 
@@ -134,9 +135,10 @@ class Config:
         0.0, "dropout in attention and residual branches", "model", at_least=0, below=1, resume="note"
     )
 
-    adapter: Literal["lora"] | None = flag(
+    adapter: Literal["lora", "bottleneck"] | None = flag(
         None,
-        "learn a few new parameters instead of the model's own: lora (low-rank changes of linear layers)",
+        "learn a few new parameters instead of the model's own: lora (low-rank changes of linear layers), bottleneck "
+        "(two small layers behind attention and feed-forward)",
         "adapter",
         resume="refuse",
     )
@@ -148,6 +150,7 @@ class Config:
     lora_rslora: bool | None = adapter_flag("multiply by alpha / sqrt(rank) instead")
     lora_dora: bool | None = adapter_flag("learn the lengths of the rows apart from their directions")
     lora_dropout: float = flag(0.0, "dropout of what enters A", "adapter", at_least=0, below=1, resume="note")
+    bottleneck_size: int | None = adapter_flag("width of a bottleneck; by default 64", at_least=1)
     train_control_tokens: bool | None = adapter_flag(
         "learn the control tokens' rows of embedding and head too; by default where a chat is learnt from a pretrained "
         "model, which has never seen them"
@@ -294,9 +297,11 @@ class Config:
     def check_adapter(self) -> None:
         """Raise ValueError for flags of an adapter that is not asked for."""
         for name, rule in rules(self).items():
-            if self.adapter is None and rule.group == "adapter" and getattr(self, name):
+            kinds = [kind for kind in KINDS if name.startswith(f"{kind}_")]
+            if rule.group == "adapter" and getattr(self, name) and self.adapter not in (kinds or KINDS):
                 raise ValueError(
-                    f"--{name} is {getattr(self, name)}, and there is no adapter; give --adapter lora, or leave it out"
+                    f"--{name} is {getattr(self, name)}, and the adapter is {self.adapter or 'none'}; "
+                    f"give --adapter {' or '.join(kinds or KINDS)}, or leave it out"
                 )
 
     def check_keep_best(self) -> None:

@@ -114,6 +114,7 @@ def starting_model(asked: C) -> Start[C]:
         )
     adapter = adapter_of(asked, init, tokenizer, shape)
     weights = found if adapter is None else adapted_weights(adapter, init, shape, asked.seed)
+    found = weights if is_adapter(init) else found
     with torch.device("meta"):
         model = GPT(shape, adapter)
     row, note = asked.max_seq_len or shape.max_seq_len, ""

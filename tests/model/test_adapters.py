@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from model import GPT, generate, load_pretrained, save_pretrained
 from model.adapter_folder import base_folder, load_adapter, save_adapter, tokenizer_folder
-from model.adapters import ADAPTERS, LINEAR, LoRA, LoRALinear, begun, merged
-from model.folder import assemble
+from model.adapters import LINEAR, Adapter, Bottleneck, LoRA, LoRALinear, begun, merged
+from model.folder import assemble, folder_weights
 from model.gpt import nll_by_place, summed_nll
 
 SETTINGS = {
@@ -30,7 +31,7 @@ def pair(request, make_model) -> tuple[GPT, GPT]:
     return base, adapted(base, LoRA(rank=4, alpha=6, **SETTINGS[request.param]))
 
 
-def adapted(base: GPT, adapter: LoRA) -> GPT:
+def adapted(base: GPT, adapter: Adapter) -> GPT:
     return assemble(base.config, begun(base.state_dict().items(), adapter, seed=3), adapter=adapter)
 
 
@@ -173,7 +174,7 @@ def test_folders_that_cannot_be_opened_say_why(make_model, tmp_path):
     with pytest.raises(FileNotFoundError, match="stands on 'gone/base', which is no model folder here"):
         load_pretrained(tmp_path)
     for change, said in (
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; expected one of LORA"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; expected one of LORA, BOTTLENECK"),
         ({"bias": "all"}, "found bias 'all', expected 'none'"),
         ({"r": 3}, r"shape of model.layers.0.self_attn.q_proj.lora_A: found \(2, "),
         ({"trainable_token_indices": [3]}, "missing: model.embed_tokens.trainable_tokens_delta"),
@@ -185,4 +186,59 @@ def test_folders_that_cannot_be_opened_say_why(make_model, tmp_path):
     config.write_text(json.dumps({key: value for key, value in settings.items() if key != "r"}))
     with pytest.raises(ValueError, match="the key 'r' is missing"):
         load_adapter(tmp_path, model.config)
-    assert list(ADAPTERS) == ["lora"]
+    with pytest.raises(ValueError, match=r"bottleneck.*does not merge, so none can come after it"):
+        bottleneck = adapted(make_model(), Bottleneck(size=3))
+        save_pretrained(make_model(), tmp_path / "base")
+        save_adapter(bottleneck.adapter, learnt(bottleneck), tmp_path / "b")
+        load_pretrained(tmp_path / "base", adapters=[tmp_path / "b", tmp_path / "b"])
+
+
+# Bottlenecks ----------------------------------------------------------------------------------------------------
+
+
+def test_bottlenecks_are_those_of_an_independent_network(make_model, tmp_path):
+    """transformers' Llama with the paper's layer hung behind its attention and feed-forward."""
+    base = make_model()
+    model = adapted(base, Bottleneck(size=5, tokens=(2, 8), base=str(tmp_path / "base")))
+    assert torch.equal(model(IDS), base(IDS))
+    shake(model)
+    parts = learnt(model)
+    save_pretrained(base, tmp_path / "base")
+    save_adapter(model.adapter, parts, tmp_path / "tuned")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight[[2, 8]] = parts["model.embed_tokens.trainable_tokens_delta"]
+
+    def hang(path: str) -> None:
+        down, down_bias, up, up_bias = (
+            parts[f"{path}.adapter_{name}"] for name in ("down", "down_bias", "up", "up_bias")
+        )
+
+        def layer(module, inputs, h):
+            inner = h @ down.T + down_bias
+            inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+            return h + inner @ up.T + up_bias
+
+        theirs.get_submodule(path).register_forward_hook(layer)
+
+    for i in range(base.config.n_layers):
+        hang(f"model.layers.{i}.self_attn.o_proj")
+        hang(f"model.layers.{i}.mlp.down_proj")
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    opened = load_pretrained(tmp_path / "tuned")
+    assert (base(IDS) - expected).abs().max() > 0.1
+    for ours in (model, opened):
+        torch.testing.assert_close(ours(IDS), expected, atol=1e-4, rtol=0)
+    answer = generate(opened, [[5, 6, 7]], max_new_tokens=12, temperature=0.0)[0].ids
+    assert answer == theirs.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    settings = {"max_new_tokens": 6, "temperature": 0.0}
+    assert generate(model, [[5, 6, 7], [9]], **settings) == generate(opened, [[5, 6, 7], [9]], **settings)
+    with pytest.raises(ValueError, match="cannot be merged into them; a stage goes on with it by --adapter bottleneck"):
+        dict(folder_weights(tmp_path / "tuned", base.config))
+
+
+def test_a_bottleneck_has_the_paper_s_number_of_parameters(make_model):
+    """2 m d + d + m for each of two a block."""
+    model, d = adapted(make_model(), Bottleneck(size=5)), make_model().config.dim
+    assert model.num_parameters(learnt=True) == 2 * model.config.n_layers * (2 * 5 * d + d + 5)

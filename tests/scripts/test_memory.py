@@ -11,11 +11,18 @@ from tests.helpers import ROOT, environment, train_many
 
 SHAPE = ["--dim", 256, "--n_layers", 4, "--device", "cpu", "--dtype", "float32"]
 N = 4_458_752  # parameters of that shape
+LEARNT = (
+    4 * 16 * (2 * (256 + 256) + 2 * (256 + 64) + 3 * (256 + 704))
+)  # of them by LoRA: A and B of seven layers a block
 ENGINES = {
     "fsdp": (["--engine", "fsdp"], {"parameters": 4 * N / 2, "gradients": 4 * N / 2, "optimizer": 8 * N / 2}),
     # in float32 DeepSpeed keeps masters beside the parameters
     "zero1": (["--engine", "deepspeed", "--zero_stage", 1], {"parameters": 4 * N, "optimizer": 12 * N / 2}),
     "zero3": (["--engine", "deepspeed", "--zero_stage", 3], {"optimizer": 12 * N / 2}),
+    "lora": (
+        ["--engine", "fsdp", "--adapter", "lora"],
+        {"parameters": 4 * (N + LEARNT) / 2, "gradients": 4 * LEARNT / 2, "optimizer": 8 * LEARNT / 2},
+    ),
 }  # fmt: skip
 
 

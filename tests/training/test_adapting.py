@@ -95,8 +95,11 @@ def test_first_values_are_no_part_of_what_a_run_starts_from(folder):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--lora_rank", "8"], "--lora_rank is 8, and there is no adapter; give --adapter lora"),
-        (["--train_control_tokens"], "--train_control_tokens is True, and there is no adapter"),
+        (["--lora_rank", "8"], "--lora_rank is 8, and the adapter is none; give --adapter lora"),
+        (
+            ["--train_control_tokens"],
+            "--train_control_tokens is True, and the adapter is none; give --adapter lora or bottleneck",
+        ),
         (["--adapter", "lora", "--init_from", "none"], "give the model to start from with --init_from"),
         (["--adapter", "lora", "--lora_targets", "q,k"], "'q' names no linear layer of a block"),
         (["--adapter", "lora", "--lora_rank", "0"], "--lora_rank is 0; it must be at least 1"),
@@ -177,10 +180,10 @@ def test_eval_model_opens_an_adapter_alone_and_on_a_base(base, capsys):
     flags = ["--out_dir", str(base / "out"), "--prompt", "Hi", "--max_new_tokens", "4", "--temperature", "0"]
     plain = ["--model", str(base / "start/pretrain_32"), "--adapter", "full_sft_32"]
     answers = []
-    for which in ([], plain, ["--model", "full_sft_32", "--device", "cpu"]):
+    for which in ([], plain, ["--adapter", "full_sft_32"], ["--model", "full_sft_32", "--device", "cpu"]):
         assert eval_model.main([*flags, *which]) == 0
         answers.append(capsys.readouterr())
-    assert answers[0].out == answers[1].out == answers[2].out
+    assert len({answer.out for answer in answers}) == 1
     assert f"pretrain_32 + {base}/out/full_sft_32: " in answers[1].err
 
 
@@ -190,3 +193,20 @@ def test_another_adapter_is_another_run(base):
         "--max_steps", 3, "--batch_size", 4, "--learning_rate", 1e-2,
     )  # fmt: skip
     assert done.returncode == 2 and "--lora_rank was 4 and is 2" in done.stderr and "--resume none" in done.stderr
+
+
+def test_a_bottleneck_goes_from_stage_to_stage_and_is_never_merged(base, tmp_path, capsys):
+    steps = ["--max_steps", 3, "--batch_size", 4, "--learning_rate", 1e-2, "--adapter", "bottleneck"]
+    train_here("full_sft", *stage_flags(base, "full_sft", tmp_path), *steps, "--bottleneck_size", 3)
+    first = tmp_path / "full_sft_32"
+    shape = load_pretrained(first).config
+    train_here("dpo", *stage_flags(base, "dpo", tmp_path), *steps, "--init_from", first)
+    assert load_adapter(tmp_path / "dpo_32", shape)[0] == load_adapter(first, shape)[0]
+    records = [json.loads(line) for line in (tmp_path / "dpo_32/metrics.jsonl").read_text().splitlines()]
+    assert records[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    flags = ["--model", str(first), "--prompt", "Hi", "--max_new_tokens", "4"]
+    assert eval_model.main(flags) == 0
+    assert convert.main(["merge", str(first), "--into", str(tmp_path / "whole")]) == 2
+    assert "it does not merge" in capsys.readouterr().err and not (tmp_path / "whole").exists()
+    done = run_here("dpo", *stage_flags(base, "dpo", tmp_path / "other"), "--init_from", first)
+    assert done.returncode == 2 and "--adapter bottleneck" in done.stderr
