@@ -24,6 +24,7 @@ from training.config import SHAPE_FLAGS, rules
 from training.distributed import World
 from training.engines import Machine
 from training.setup import STOPPED, load_data, run_identity, run_stage, starting_model, weights_hash
+from training.stages import LOSS_FLAGS
 
 SMALL = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
 # for every flag of the model's shape, another value than the folder's
@@ -308,9 +309,11 @@ def test_the_identity_is_data_start_and_exactly_the_flags_whose_rule_refuses(sta
     flags = identity
     refused = {name for name, rule in rules(cls).items() if rule.resume == "refuse"}
     assert flags == {name: getattr(start.config, name) for name in refused}
-    open_ones = {name for name, value in flags.items() if value is None}
     assert {"seed", "dim", "max_seq_len"} <= flags.keys()
-    assert open_ones == {name for name in refused if rules(cls)[name].group == "adapter"}  # there is none
+    open_ones = {name for name, value in flags.items() if value is None}
+    adapters = {name for name in refused if rules(cls)[name].group == "adapter"}  # there is none
+    others = {*LOSS_FLAGS} - {"beta"} if stage == "dpo" else set()  # of other losses than the run's
+    assert open_ones == adapters | others
     assert ({"beta", "loss_type"} <= flags.keys()) == (stage == "dpo")
 
 
