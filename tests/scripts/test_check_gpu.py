@@ -207,7 +207,7 @@ def test_compiled_blocks_are_held_to_the_same_numbers(compiling: Ground) -> None
 
 # Engines --------------------------------------------------------------------------------------------------------
 
-ALONE = {"bfloat16": [9.0, 8.9, 8.8], "float16": [9.0, 8.9, 8.8]}
+ONE_PROCESS = {"bfloat16": [9.0, 8.9, 8.8], "float16": [9.0, 8.9, 8.8]}
 
 
 @pytest.mark.parametrize(
@@ -221,5 +221,5 @@ ALONE = {"bfloat16": [9.0, 8.9, 8.8], "float16": [9.0, 8.9, 8.8]}
     ],
 )
 def test_losses_of_an_engine_are_held_to_those_of_one_process(found: list[float] | str, status: str, ground) -> None:
-    result = compared({"bfloat16": found, "float16": [9.0, 8.9, 8.8]}, dict(ALONE), ground)
+    result = compared({"bfloat16": found, "float16": [9.0, 8.9, 8.8]}, dict(ONE_PROCESS), ground)
     assert result.status == status, result
