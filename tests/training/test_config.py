@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import ROOT
 from training import STAGES, DPOConfig, PretrainConfig, SFTConfig, load_config
-from training.config import BEST, SHAPE_FLAGS, Rule, rules, save_config, stage_of
+from training.config import BEST, KINDS, SHAPE_FLAGS, Rule, rules, save_config, stage_of
 
 
 def load(*argv: str, cls=PretrainConfig):
@@ -275,7 +275,8 @@ def test_every_range_in_a_rule_is_kept_to_its_edge(cls):
     checked = edges(cls)
     assert len({name for name, _, _ in checked}) > 15
     for name, value, allowed in checked:
-        config = cls(**({"adapter": "lora"} if name.startswith("lora_") else {}), **{name: value})
+        kind = next((kind for kind in KINDS if name.startswith(f"{kind}_")), None)
+        config = cls(**({"adapter": kind} | {name: value}))
         if allowed:
             config.check()
         else:
