@@ -56,20 +56,23 @@ class Batch:
 
 @dataclass
 class PairBatch(Batch):
-    """A micro-batch of preference pairs; both answers of a pair are always in it, behind one prompt.
+    """A micro-batch of preference pairs; both answers of a pair are always in it, behind one prompt. One of labelled
+    answers is the same, with one answer in a pair.
 
     places: int64 (tokens,): the place of every token of the sequences, of which a pair has two: prompt and chosen
         answer, prompt and rejected answer.
     tokens: int64 (rows * sequence,): which of these tokens belongs to a place.
     segment: int64 (rows, sequence): 2 * pair for places whose label belongs to the chosen answer, 2 * pair + 1 for
         the rejected one, -1 elsewhere; pairs are numbered within the batch.
-    reference: float32 (pairs, 2), log-probability of chosen and rejected under the frozen starting model, nats.
+    reference: float32 (pairs, 2), log-probability of chosen and rejected under the frozen starting model, nats; (pairs,
+        0) for a loss without a reference.
     """
 
     places: Tensor
     tokens: Tensor
     segment: Tensor
     pair_ids: list[int]  # numbers of the pairs in the data
+    n_answers: int  # two a pair, or one where it lacks one
     reference: Tensor
 
     @property

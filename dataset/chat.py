@@ -166,21 +166,26 @@ def _tools_text(tools: JSON) -> str:
     return tools if isinstance(tools, str) else _dump(tools)
 
 
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)  # at the beginning of an answer
+TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
 def parse_answer(text: str) -> Message:
     """An answer's text with its control tokens' names -> message, so that it is rendered again as it was written.
 
     "<think>2+2</think>4" -> {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
     """
     message: Message = {"role": "assistant"}
-    if thought := re.match(r"\s*<think>(.*?)</think>", text, re.DOTALL):
+    if thought := THOUGHT.match(text):
         message["reasoning_content"], text = thought[1], text[thought.end() :]
-    form = r"<tool_call>(.*?)</tool_call>"
+    # what opens behind the last end would be searched for an end again and again
+    closed, end, rest = text.rpartition("</tool_call>")
     try:
-        calls = [json.loads(call) for call in re.findall(form, text, re.DOTALL)]
-    except ValueError:  # not a call that could be rendered: it stays in the text
+        calls = [json.loads(call) for call in TOOL_CALL.findall(closed + end)]
+    except (ValueError, RecursionError):  # not a call that could be rendered: it stays in the text
         calls = []
     if calls and all(isinstance(call, dict) and isinstance(call.get("name", ""), str) for call in calls):
-        message["tool_calls"], text = calls, re.sub(form, "", text, flags=re.DOTALL)
+        message["tool_calls"], text = calls, TOOL_CALL.sub("", closed + end) + rest
     message["content"] = text
     return message
 

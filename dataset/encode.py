@@ -57,7 +57,7 @@ class Rules:
     def key(self) -> tuple[object, ...]:
         """What of them names the cache. Not on_bad_row: files without a bad row give the same columns under either,
         and a cache that left bad rows out lists them, and is refused to who wants to stop at them."""
-        return self.form.stage, self.max_seq_len, self.val_fraction, self.parts
+        return self.form.cache or self.form.stage, self.max_seq_len, self.val_fraction, self.parts
 
 
 def encode_files(paths: list[str], tokenizer: TextTokenizer, rules: Rules, cache_dir: str | Path) -> Encoded:
@@ -73,7 +73,7 @@ def encode_parts(
     Raises DataError for a bad row (rules.on_bad_row "stop"). `show`: whether to say how far the reading is.
     """
     key = fingerprint(paths, tokenizer, rules, show)
-    folder = Path(cache_dir) / f"{rules.form.stage}-{key}"
+    folder = Path(cache_dir) / f"{rules.form.cache or rules.form.stage}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "report.json").is_file():
@@ -194,7 +194,7 @@ class Encoder:
         """Raises DataError for a bad row (rules.on_bad_row "stop") and for a file that ends in an error."""
         rules, first = self.rules, self.rules.parts[0]
         reports = {name: Report() for name in rules.parts}
-        rows: dict[str, list[dict[str, list[int] | int]]] = {name: [] for name in rules.parts}
+        rows: dict[str, list[dict[str, list[int] | int | str]]] = {name: [] for name in rules.parts}
         bad = reports[first].bad
         for row in read_rows(chunk, rules.form, rules.on_bad_row, bad):
             name = first if rules.part == "all" or not is_held_out(row, rules) else "val"

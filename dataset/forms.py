@@ -3,12 +3,15 @@
     {"text": "Hi"}                         TEXT          ids [1, 912, 2]                         <s> text </s>
     {"conversations": [user, assistant]}   CONVERSATION  ids [...], spans [7, 12]                7..12 are the answer's
     {"chosen": [...], "rejected": [...]}   PAIR          chosen [...], rejected [...], prompt 7  7 tokens are shared
+    {"conversations": [user], "gt": ["5"]} PROMPT        ids [...], row '{...}'                  nothing: answers come
+    {"conversations": [...], "label": true}    LABELLED  the same, the answer chosen and nothing rejected, or reverse
 
 A form knows JSON values and token ids; where a row stands (`path:line`) is known by who reads it (dataset/records.py),
 so what is wrong with a row is a ValueError here. A new form is a class here and a name in FORMS.
 """
 
 import json
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,7 +35,7 @@ class Rendered(NamedTuple):
 class Tokens(NamedTuple):
     """A row as its Arrow columns hold it."""
 
-    columns: dict[str, list[int] | int]
+    columns: dict[str, list[int] | int | str]
     total: int
     supervised: int  # of them; the first token of a document is read but never predicted
 
@@ -47,6 +50,7 @@ class Form:
     too_long: ClassVar[str] = "cut, or dropped where no answer is left"  # what becomes of a row over max_seq_len
     token_columns: ClassVar[tuple[str, ...]]  # Arrow columns that are lists of tokens
     other_columns: ClassVar[dict[str, pa.DataType]] = {}
+    cache: ClassVar[str] = ""  # names its cache, where another form of the stage has the stage's name
     rows: ClassVar[str] = "TextRows"  # what packs the columns; by its name in loader.py, which needs torch
 
     def normalise(self, row: Value) -> Value:
@@ -153,6 +157,56 @@ class ConversationForm(Form):
         return Tokens({"ids": ids, "spans": [edge for span in spans for edge in span]}, len(ids), supervised)
 
 
+class PromptForm(ConversationForm):
+    """A conversation that the model is to go on with, and what its answer is judged by.
+
+    {"conversations": [user, assistant "5"]}               -> {"conversations": [user], "answer": ["5"]}
+    {"conversations": [user, assistant ""], "gt": ["5"]}   -> {"conversations": [user], "gt": ["5"], "answer": ["5"]}
+    """
+
+    name, stage = "prompt", "grpo"
+    expected = '{"conversations": [{"role": "user", "content": "..."}]}, with an "answer" or "gt" where there is one'
+    too_long = "dropped"
+    other_columns: ClassVar[dict[str, pa.DataType]] = {"row": pa.string()}
+    rows = ""  # nothing packs them: a rollout reads the columns themselves
+
+    def check(self, row: Value) -> Value:
+        """The row without its last turn where that is the assistant's. "answer" becomes a list: of the row's own
+        "answer", else its "gt", else of the turn that is left out, where anything stands in one. Other keys stay."""
+        row = super().check(row)
+        messages, left_out = row["conversations"], None
+        if messages[-1]["role"] == "assistant":
+            messages, left_out = messages[:-1], messages[-1]["content"].strip() or None
+        if not messages or messages[-1]["role"] == "assistant":
+            found = "two answers in a row" if messages else "no message before the answer"
+            raise ValueError(f"found {found} at the end of conversations, expected a prompt that an answer can follow")
+        answers = next((row[key] for key in ("answer", "gt") if row.get(key) is not None), left_out)
+        return row | {"conversations": messages, "answer": list_of_answers(answers)}
+
+    def render(self, row: Value, tokenizer: TextTokenizer) -> list[Rendered]:
+        ids, mask = render_chat(tokenizer, row["conversations"], add_generation_prompt=True)
+        return [Rendered("", ids, [False] * len(mask))]
+
+    def encode(self, row: Value, tokenizer: TextTokenizer, max_seq_len: int, report: Report) -> Tokens | None:
+        ((_, ids, _),) = self.render(row, tokenizer)
+        if len(ids) >= max_seq_len:
+            report.dropped["prompt longer than max_seq_len"] += 1
+            return None
+        return Tokens({"ids": ids, "row": json.dumps(row)}, len(ids), 0)
+
+
+def list_of_answers(value: object) -> list[str | int | float]:
+    """ "5" -> ["5"], 5 -> [5], ["a", 5] -> ["a", 5], None -> []. Raises ValueError for anything else."""
+    answers: list[str | int | float] = []
+    for each in value if isinstance(value, list) else [] if value is None else [value]:
+        if isinstance(each, bool) or not isinstance(each, (str, int, float)):
+            raise ValueError(f"found {kind(each)} as the answer, expected a string, a number, or a list of them")
+        if isinstance(each, float) and not math.isfinite(each):
+            raise ValueError(f"found {each} as the answer, expected a finite number")
+        answers.append(each)
+    return answers
+
+
 class PairForm(Form):
     name, stage = "pair", "dpo"
     keys = frozenset({"chosen", "rejected"})
@@ -162,6 +216,10 @@ class PairForm(Form):
     rows = "PairRows"
 
     def check(self, row: Value) -> Value:
+        if LABELLED.keys <= row.keys() and not is_pair(row):
+            raise ValueError(
+                f"found one answer with a label, which --loss_type kto learns from, expected {self.expected}"
+            )
         check_keys(row, self)
         for side in ("chosen", "rejected"):
             check_messages(row[side], side)
@@ -179,16 +237,24 @@ class PairForm(Form):
             raise ValueError("found no message before the answers, expected a prompt")
         return row
 
+    def asked(self, row: Value) -> list[Message]:
+        """What both answers answer."""
+        return row["chosen"][:-1]
+
+    def sides(self, row: Value) -> dict[str, list[Message]]:
+        """The conversations that end with an answer."""
+        return {side: row[side] for side in ("chosen", "rejected")}
+
     def split_key(self, row: Value) -> str:
-        return json.dumps(row["chosen"][:-1], ensure_ascii=False)
+        return json.dumps(self.asked(row), ensure_ascii=False)
 
     def render(self, row: Value, tokenizer: TextTokenizer) -> list[Rendered]:
         prompt = len(self.prompt(row, tokenizer))
-        sides = {side: self.side(row[side], tokenizer) for side in ("chosen", "rejected")}
+        sides = {side: self.side(messages, tokenizer) for side, messages in self.sides(row).items()}
         return [Rendered(side, ids, [i >= prompt for i in range(len(ids))]) for side, ids in sides.items()]
 
     def prompt(self, row: Value, tokenizer: TextTokenizer) -> list[int]:
-        return render_chat(tokenizer, row["chosen"][:-1], add_generation_prompt=True).ids
+        return render_chat(tokenizer, self.asked(row), add_generation_prompt=True).ids
 
     def side(self, messages: list[Message], tokenizer: TextTokenizer) -> list[int]:
         """Prompt and answer, up to the answer's end: what a template writes after it is learnt by nobody."""
@@ -196,10 +262,11 @@ class PairForm(Form):
         return rendered.ids[: max((i + 1 for i, kept in enumerate(rendered.mask) if kept), default=None)]
 
     def encode(self, row: Value, tokenizer: TextTokenizer, max_seq_len: int, report: Report) -> Tokens | None:
-        """Both answers after one rendering of the prompt; answers are cut at max_seq_len, prompts never."""
+        """Both answers after one rendering of the prompt; answers are cut at max_seq_len, prompts never. A side
+        without an answer is the prompt alone."""
         prompt, limit = self.prompt(row, tokenizer), max_seq_len + 1
-        sides = {side: self.side(row[side], tokenizer) for side in ("chosen", "rejected")}
-        for side, ids in sides.items():
+        found = {side: self.side(messages, tokenizer) for side, messages in self.sides(row).items()}
+        for side, ids in found.items():
             if ids[: len(prompt)] != prompt:
                 raise ValueError(
                     f"the {side} answer changes how its prompt is rendered by this tokenizer's chat template"
@@ -207,6 +274,7 @@ class PairForm(Form):
         if len(prompt) >= limit:
             report.dropped["prompt longer than max_seq_len"] += 1
             return None
+        sides = {"chosen": prompt, "rejected": prompt} | found
         if sides["chosen"][:limit] == sides["rejected"][:limit]:
             within = " within max_seq_len" if sides["chosen"] != sides["rejected"] else ""
             report.dropped[f"same answer on both sides{within}"] += 1
@@ -215,13 +283,55 @@ class PairForm(Form):
             report.cut["inside an answer"] += 1
             report.cut["tokens left out"] += sum(len(ids) - limit for ids in too_long)
         chosen, rejected = (sides[side][:limit] for side in ("chosen", "rejected"))
-        count = len(chosen) + len(rejected)
-        columns: dict[str, list[int] | int] = {"chosen": chosen, "rejected": rejected, "prompt": len(prompt)}
-        return Tokens(columns, count, count - 2 * len(prompt))
+        columns: dict[str, list[int] | int | str] = {"chosen": chosen, "rejected": rejected, "prompt": len(prompt)}
+        learnt = len(chosen) + len(rejected) - 2 * len(prompt)
+        return Tokens(columns, learnt + len(found) * len(prompt), learnt)
 
 
-TEXT, CONVERSATION, PAIR = TextForm(), ConversationForm(), PairForm()
-FORMS: tuple[Form, ...] = (TEXT, CONVERSATION, PAIR)
+class LabelledForm(PairForm):
+    """One answer, which is desirable or not; a pair is one of each."""
+
+    name, cache = "labelled answer", "labelled"
+    keys = frozenset({"conversations", "label"})
+    expected = '{"conversations": [messages...], "label": true}'
+    rows = "LabelledRows"
+
+    def normalise(self, row: Value) -> Value:
+        """The spellings of a conversation, with a label beside it."""
+        return row | CONVERSATION.normalise(row)
+
+    def check(self, row: Value) -> Value:
+        if is_pair(row):
+            return PAIR.check(row)
+        check_keys(row, self)
+        row = self.normalise(row)
+        messages = row["conversations"]
+        check_messages(messages, "conversations")
+        if (last := messages[-1]["role"]) != "assistant":
+            raise ValueError(f"found a last message of role {last!r}, expected 'assistant', whose answer is labelled")
+        if len(messages) == 1:
+            raise ValueError("found no message before the answer, expected a prompt")
+        if not isinstance(row["label"], bool):
+            raise ValueError(f"found {kind(row['label'])} as label, expected true (desirable) or false")
+        return row
+
+    def asked(self, row: Value) -> list[Message]:
+        return super().asked(row) if is_pair(row) else row["conversations"][:-1]
+
+    def sides(self, row: Value) -> dict[str, list[Message]]:
+        if is_pair(row):
+            return super().sides(row)
+        return {"chosen" if row["label"] else "rejected": row["conversations"]}
+
+
+TEXT, CONVERSATION, PAIR, PROMPT = TextForm(), ConversationForm(), PairForm(), PromptForm()
+LABELLED = LabelledForm()
+FORMS: tuple[Form, ...] = (TEXT, CONVERSATION, PAIR, PROMPT)
+"""One a stage, by whose keys a row is told; of several that it fits, the first."""
+
+
+def is_pair(row: Value) -> bool:
+    return PAIR.keys <= row.keys()
 
 
 def start_document(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:

@@ -11,9 +11,10 @@ rows of padding, which weigh nothing, so that every rank always has the same num
 memory-mapped Arrow files; nothing is read before a batch asks for it.
 """
 
+import copy
 import sys
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -49,12 +50,23 @@ class Column:
         return self.values[chunk][offsets[place] : offsets[place + 1]]
 
 
+class Sequences(Protocol):
+    """Token ids of every row, by its number."""
+
+    def lengths(self) -> np.ndarray: ...
+    def __getitem__(self, i: int) -> np.ndarray: ...
+
+
 class Rows(Protocol):
     """Packed rows of one part of the data."""
 
     encoded: Encoded
     packing: Packing
     fingerprint: str  # of the data and of how it stands in rows
+
+    @property
+    def beside(self) -> "Rows | None":
+        """Other rows by the same numbers, that are asked about before these are learnt; None where nothing is."""
 
     def __len__(self) -> int: ...
     def collate(self, row_ids: list[int]) -> Batch: ...
@@ -65,6 +77,8 @@ class Rows(Protocol):
 class TextRows:
     """Packed rows of next-token training. Columns without spans are plain text: all of it is learnt, and a document may
     be split between rows; with spans (of a conversation) neither holds."""
+
+    beside: Rows | None = None
 
     def __init__(self, encoded: Encoded, max_seq_len: int, pad_id: int):
         self.encoded, self.pad_id = encoded, pad_id
@@ -105,21 +119,30 @@ class PairRows:
     """Packed rows of preference pairs: a row is two sequences wide and holds whole pairs, of which each is prompt and
     chosen answer, then the rejected answer from the prompt's last token on: the prompt is there once.
 
-    reference: float32 (pairs, 2), log-probabilities of the answers under the frozen starting model, nats. It is filled
-    by whoever holds that model (training/reference.py); until then there are no batches.
+    reference: float32 (pairs, 2), log-probabilities of the answers under the frozen starting model, nats; (pairs, 0)
+        for a loss without one. It is filled by whoever holds that model (training/reference.py); until then there are
+        no batches.
     """
 
     reference: np.ndarray | None = None
+    beside: "PairRows | None" = None
 
     def __init__(self, encoded: Encoded, max_seq_len: int, pad_id: int):
         self.encoded, self.pad_id = encoded, pad_id
         self.fingerprint = f"{encoded.fingerprint}, prompts once"
-        self.sides = [Column(encoded.columns, "chosen"), Column(encoded.columns, "rejected")]
+        self.sides: list[Sequences] = [Column(encoded.columns, "chosen"), Column(encoded.columns, "rejected")]
         chunks = [np.from_dlpack(chunk) for chunk in encoded.columns.column("prompt").chunks]
         self.prompt = np.concatenate(chunks).astype(np.int64)
         self.shared = np.maximum(self.prompt, 1) - 1  # places of a pair that both answers look back on
-        lengths = self.sides[0].lengths() + self.sides[1].lengths() - 2 - self.shared
-        self.packing = pack(lengths, 2 * max_seq_len, split=False)
+        self.lay(self.places(), 2 * max_seq_len)
+
+    def places(self) -> np.ndarray:
+        """How many a pair takes, int64 (pairs,)."""
+        return self.sides[0].lengths() + self.sides[1].lengths() - 2 - self.shared
+
+    def lay(self, places: np.ndarray, capacity: int) -> None:
+        """Decide on the rows."""
+        self.packing = pack(places, capacity, split=False)
         self.most_pieces = int(np.diff(self.packing.offsets).max(initial=0))  # in one row
         shared = np.add.reduceat(self.shared[self.packing.document], self.packing.offsets[:-1])
         self.most_shared = int(shared.max(initial=0))
@@ -170,8 +193,47 @@ class PairRows:
             real_tokens=len(laid.places),
             segment=torch.from_numpy(segment),
             pair_ids=pairs,
+            n_answers=len(np.unique(run[learnt])),
             reference=torch.from_numpy(self.reference[pairs]),
         )
+
+
+class LabelledRows(PairRows):
+    """Packed rows of labelled answers: pairs that lack the chosen or the rejected answer, whose side is then the bare
+    prompt, or whole ones.
+
+    beside: rows of the same numbers and shape with mismatched answers: those of the pair half the data away, whichever
+    way an update is put together, so that what the starting model says of them can be known ahead. They are cut like
+    any answer.
+    """
+
+    def __init__(self, encoded: Encoded, max_seq_len: int, pad_id: int):
+        super().__init__(encoded, max_seq_len, pad_id)
+        beside = copy.copy(self)
+        beside.sides = [Mismatched(side, self.prompt, max_seq_len + 1) for side in self.sides]
+        beside.encoded = replace(encoded, fingerprint=f"{encoded.fingerprint}, mismatched")
+        capacity = self.packing.capacity
+        for rows in (self, beside):
+            rows.lay(np.maximum(self.places(), beside.places()), capacity)
+        self.beside = beside
+
+
+class Mismatched:
+    """One side of pairs, each prompt with another pair's answer: mismatched[i] -> (length of row i,)."""
+
+    def __init__(self, side: "Sequences", prompt: np.ndarray, limit: int):
+        """prompt: (pairs,) tokens of every prompt; limit: tokens of a sequence, at most."""
+        self.side, self.prompt, self.limit = side, prompt, limit
+        self.other = np.roll(np.arange(len(prompt)), -(len(prompt) // 2))
+
+    def lengths(self) -> np.ndarray:
+        answers = self.side.lengths() - self.prompt
+        return np.minimum(self.prompt + answers[self.other], self.limit)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        other = int(self.other[i])
+        prompt, answer = self.side[i][: self.prompt[i]], self.side[other][self.prompt[other] :]
+        return np.concatenate((prompt, answer))[: self.limit]
 
 
 class Laid(NamedTuple):
@@ -332,6 +394,11 @@ class Loader:
     def tokens_per_row(self) -> float:
         """Real (non-padding) tokens of a row, on average."""
         return self.rows.packing.capacity * self.rows.packing.efficiency
+
+    @cached_property
+    def beside(self) -> "Loader | None":
+        """The same updates of the rows beside; None where there are none."""
+        return None if self.rows.beside is None else replace(self, rows=self.rows.beside)
 
     def prompts(self, limit: int) -> list[list[int]]:
         return self.rows.prompts(limit)

@@ -14,7 +14,8 @@ forward pass is its plain twin. What is different, and why:
   is recorded once as a CUDA graph and replayed.
 - Queries that share a key are given to attention as if they were a sequence, so that keys are never expanded.
 - On a CPU, oneDNN's linear layer reads a matrix about twice as fast as `F.linear`, which asks BLAS. For a batch the
-  matrices are laid out for it first.
+  matrices are laid out for it first. A batch's attention is two small products there, over a cache in float32
+  whatever the weights are: the kernels made for long sequences take longer over one token.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,8 +40,7 @@ class Matrices(NamedTuple):
 
     qkv: Tensor
     o: Tensor
-    gate: Tensor
-    up: Tensor
+    gate_up: Tensor
     down: Tensor
 
 
@@ -60,9 +60,10 @@ class CachedGPT:
         self.model, self.prompts, self.capacity, self.head_dim = model, prompts, capacity, config.head_dim
         self.device, self.dtype = head.device, head.dtype
         self.static = self.device.type == "cuda" if static is None else static
-        self.linear = onednn_linear if onednn_fits(head) else F.linear
+        onednn = onednn_fits(head)
+        self.linear: Callable[[Tensor, Tensor], Tensor] = onednn_linear if onednn else F.linear
         # one row of float32 gains too little from another layout to pay for the copies
-        packed = self.linear is onednn_linear and (len(prompts) > 1 or self.dtype != torch.float32)
+        packed = onednn and (len(prompts) > 1 or self.dtype != torch.float32)
         with torch.inference_mode():
             self.blocks = cast(list[Block], model.blocks())
             self.matrices = [matrices(block, len(prompts) if packed else 0) for block in self.blocks]
@@ -70,8 +71,11 @@ class CachedGPT:
             self.embedding = effective_weight(model.model.embed_tokens)
             places = torch.arange(capacity, device=self.device)[None]
             self.cos, self.sin = (table[0, :, 0].to(self.dtype) for table in rotary(places, config))
-            shape = (config.n_layers, len(prompts), config.n_kv_heads, capacity, config.head_dim)
-            self.keys, self.values = (torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+            # a layer's keys, then its values
+            shape = (config.n_layers, 2, len(prompts), config.n_kv_heads, capacity, config.head_dim)
+            narrow = self.device.type == "cpu" and self.dtype.itemsize < 4
+            self.cache_dtype = torch.float32 if narrow else self.dtype
+            self.cache = torch.zeros(shape, device=self.device, dtype=self.cache_dtype)
         self.lengths = [len(prompt) for prompt in prompts]  # tokens in the cache
         self.set_rows()
 
@@ -94,15 +98,16 @@ class CachedGPT:
             longest = max(self.lengths)
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                self.keys[layer, rows, :, positions] = k
-                self.values[layer, rows, :, positions] = v
-                beside = q.new_zeros(len(lengths), longest, *q.shape[1:])  # padded on the right, which no one looks at
-                beside[rows, positions] = q
-                keys, values = self.keys[layer, :, :, :longest], self.values[layer, :, :, :longest]
+                keys, values = self.cache[layer]
+                keys[rows, :, positions] = k.to(self.cache_dtype)
+                values[rows, :, positions] = v.to(self.cache_dtype)
+                beside = keys.new_zeros(len(lengths), longest, *q.shape[1:])  # padded on the right, never looked at
+                beside[rows, positions] = q.to(self.cache_dtype)
                 out = F.scaled_dot_product_attention(
-                    beside.transpose(1, 2), keys, values, is_causal=True, enable_gqa=True
-                )
-                return out.transpose(1, 2)[rows, positions]
+                    beside.transpose(1, 2), keys[:, :, :longest], values[:, :, :longest], is_causal=True,
+                    enable_gqa=True,
+                )  # fmt: skip
+                return out.transpose(1, 2)[rows, positions].to(self.dtype)
 
             return self.linear(self.hidden(ids, positions, attend)[ends - 1], self.head)
 
@@ -122,16 +127,21 @@ class CachedGPT:
         rows, used = len(self.lengths), max(self.lengths) + 1
         window = self.capacity if self.static else min(self.capacity, -(-used // WINDOW) * WINDOW)
         unseen = torch.arange(window, device=self.device) > self.positions[:, None]
-        mask = torch.zeros(rows, window, device=self.device, dtype=self.dtype).masked_fill_(unseen, -torch.inf)
-        mask = mask[:, None, None]
-        place = self.positions[:, None, None, None].expand(-1, self.keys.shape[2], 1, self.head_dim)
+        mask = torch.zeros(rows, window, device=self.device, dtype=self.cache_dtype).masked_fill_(unseen, -torch.inf)
+        mask = mask[:, None, None].repeat(1, self.cache.shape[3], 1, 1)
+        # where in a layer's cache, as a list of heads at a place, each row's new keys and values go: (rows, 2 * heads)
+        _, sides, most, kv_heads, _, _ = self.cache.shape
+        heads = torch.arange(sides, device=self.device)[:, None] * (most * kv_heads)
+        heads = (heads + torch.arange(kv_heads, device=self.device)).flatten()
+        first = torch.arange(rows, device=self.device) * kv_heads
+        places = ((first[:, None] + heads) * self.capacity + self.positions[:, None]).flatten()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[layer].scatter_(2, place, k[:, :, None])
-            self.values[layer].scatter_(2, place, v[:, :, None])
-            keys, values = self.keys[layer, :, :, :window], self.values[layer, :, :, :window]
-            q = q.view(rows, keys.shape[1], -1, self.head_dim)  # heads that share a key stand together
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            new = torch.cat((k, v), 1).view(-1, self.head_dim).to(self.cache_dtype)
+            self.cache[layer].view(-1, self.head_dim).index_copy_(0, places, new)
+            keys, values = self.cache[layer, :, :rows, :, :window]
+            q = q.reshape(rows, kv_heads, -1, self.head_dim)  # heads that share a key stand together
+            return attend_once(q.to(self.cache_dtype), keys, values, mask).to(self.dtype)
 
         self.logits = self.linear(self.hidden(self.ids, self.positions, attend), self.head)
 
@@ -142,7 +152,7 @@ class CachedGPT:
         x = F.embedding(ids, self.embedding)
         for layer, (block, weights) in enumerate(zip(self.blocks, self.matrices, strict=True)):
             qkv = self.linear(block.input_layernorm(x), weights.qkv).view(len(ids), -1, self.head_dim)
-            kv_heads = self.keys.shape[2]
+            kv_heads = self.cache.shape[3]
             qk, v = qkv[:, :-kv_heads], qkv[:, -kv_heads:]
             if block.self_attn.qk_norm:
                 q, k = block.self_attn.q_norm(qk[:, :-kv_heads]), block.self_attn.k_norm(qk[:, -kv_heads:])
@@ -150,9 +160,8 @@ class CachedGPT:
             qk = apply_rotary(qk, cos, sin)
             out = attend(layer, qk[:, :-kv_heads], qk[:, -kv_heads:], v)
             x = x + behind(block.self_attn.o_proj, self.linear(out.reshape(len(ids), -1), weights.o))
-            h = block.post_attention_layernorm(x)
-            h = F.silu(self.linear(h, weights.gate), inplace=True).mul_(self.linear(h, weights.up))
-            x = x + behind(block.mlp.down_proj, self.linear(h, weights.down))
+            gate, up = self.linear(block.post_attention_layernorm(x), weights.gate_up).chunk(2, -1)
+            x = x + behind(block.mlp.down_proj, self.linear(F.silu(gate).mul_(up), weights.down))
         return self.model.model.norm(x)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -161,9 +170,7 @@ class CachedGPT:
         with torch.inference_mode():
             for new, old in enumerate(rows):
                 if new != old:
-                    self.keys[:, new, :, :used] = self.keys[:, old, :, :used]
-                    self.values[:, new, :, :used] = self.values[:, old, :, :used]
-            self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+                    self.cache[:, :, new, :, :used] = self.cache[:, :, old, :, :used]
         self.lengths = [self.lengths[row] for row in rows]
         self.set_rows()
 
@@ -172,8 +179,8 @@ def matrices(block: Block, rows: int) -> Matrices:
     """A block's weights: laid out for batches of so many rows, or (0) as they are."""
     attention, mlp = block.self_attn, block.mlp
     qkv = torch.cat([effective_weight(proj) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)])
-    rest = (effective_weight(proj) for proj in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    found = (qkv, *rest)
+    gate_up = torch.cat([effective_weight(proj) for proj in (mlp.gate_proj, mlp.up_proj)])
+    found = (qkv, effective_weight(attention.o_proj), gate_up, effective_weight(mlp.down_proj))
     return Matrices(*(laid_out(weight, rows) if rows else weight for weight in found))
 
 
@@ -194,6 +201,17 @@ def laid_out(weight: Tensor, rows: int) -> Tensor:
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear by oneDNN. These are the operators that torch.compile's CPU backend uses."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def attend_once(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """One place a row looks back: q (rows, kv_heads, queries that share a key, head_dim), keys and values (rows,
+    kv_heads, window, head_dim), mask (rows, kv_heads, 1, window) of 0 and -inf. Gives what is like q."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    # as one batch of rows and heads
+    q_, keys_, values_, mask_ = (x.flatten(0, 1) for x in (q, keys, values, mask))
+    scores = torch.baddbmm(mask_, q_, keys_.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(-1), values_).view_as(q)
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:

@@ -14,6 +14,7 @@ padding (single-token documents of position 0) nothing special. Generation has a
 import math
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +170,7 @@ class GPT(nn.Module):
         self.model = Decoder(config)
         # tied: the embedding is the head, and there is no second name for it anywhere, files included
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.cross_entropy: CrossEntropy = cross_entropy
+        self.compiled: Compiler = as_it_is
         roles = self.roles()
         for name, parameter in self.named_parameters():
             init_weight(name, parameter, roles[name], config)
@@ -206,7 +207,7 @@ class GPT(nn.Module):
         """torch.compile each block, all sharing one graph, and the loss of a chunk of tokens."""
         for block in self.blocks():
             block.compile(dynamic=False, backend=backend)
-        self.cross_entropy = torch.compile(cross_entropy, dynamic=True, backend=backend)
+        self.compiled = cache(partial(torch.compile, dynamic=True, backend=backend))
 
     def roles(self) -> "dict[str, Role]":
         """What every parameter is for, by name. It looks at modules, not shapes, so it holds for a sharded model."""
@@ -224,8 +225,8 @@ class GPT(nn.Module):
         *,
         layout: Layout | None = None,
         learnt: Tensor | None = None,
-        summed: bool = False,
-    ) -> Tensor:
+        criterion: "Criterion | None" = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Logits (batch, sequence, vocabulary); or, with labels, the losses of the single tokens.
 
         Args:
@@ -237,7 +238,8 @@ class GPT(nn.Module):
                 ignored places; the logits are made and dropped a chunk of tokens at a time.
             layout: where the documents lie that position_ids tell of: it changes no number, but the time.
             learnt: int64 (supervised,), the places of the rows laid end to end that have a label; else looked for.
-            summed: give the sum of the losses, a scalar, whose gradient is made without a second head product.
+            criterion: what to make of the places that learn instead, of their hidden states and the head's weight; the
+                result is what it gives. `summed_nll` gives the sum, without a second head product for the gradient.
         """
         hidden = self.model(input_ids, position_ids, layout)
         if labels is None:
@@ -246,12 +248,9 @@ class GPT(nn.Module):
             learnt = (labels != IGNORE).flatten().nonzero()[:, 0]
         hidden, weight = (x.to(computed_in(x)) for x in (hidden, self.head_weight))
         hidden, targets = hidden.flatten(0, 1).index_select(0, learnt), labels.flatten().index_select(0, learnt)
-        loss = SummedNLL if summed else ChunkedNLL
+        places = Places(hidden, weight, targets, learnt, labels.shape, self.compiled)
         with torch.autocast(labels.device.type, enabled=False):  # as in the backward pass: compiled, they share a graph
-            nll = loss.apply(hidden, weight, targets, self.cross_entropy)
-        if summed:
-            return nll
-        return torch.zeros(labels.numel(), device=labels.device).index_copy(0, learnt, nll).view(labels.shape)
+            return nll_by_place(places)[0] if criterion is None else criterion(places)
 
 
 class Role(Enum):
@@ -307,16 +306,20 @@ def fresh_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
         yield name, init_weight(name, torch.empty(parameter.shape), roles[name], config, generator)
 
 
-# The loss: -log softmax(hidden weight^T)[target], of (tokens, dim), (vocabulary, dim) and (tokens,). The logits of all
-# tokens are larger than all else in a small model, so they are made and dropped a chunk at a time.
+# What is made of hidden states, which is a loss: of (tokens, dim), the head's (vocabulary, dim) and (tokens,) targets.
+# The logits of all tokens are larger than all else in a small model, so they are made and dropped a chunk at a time.
 
 
 class Losses(NamedTuple):
-    nll: Tensor  # float32 (tokens,)
-    gradient: Tensor  # (tokens, vocabulary), of each by its logits: softmax - onehot, in their type
+    """Of a chunk of tokens."""
+
+    loss: Tensor  # float32 (tokens,), nats
+    gradient: Tensor  # (tokens, vocabulary), of each by its logits, in their type
+    nll: Tensor | None = None  # float32 (tokens,): -log p(target), where the loss is another
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Losses:
+    """-log softmax(logits)[target]; its gradient is softmax - onehot."""
     softmax = logits.softmax(-1, dtype=torch.float32)
     # log of the sum by way of the largest probability, which never is too small to have a logarithm
     log_sum = logits.amax(-1).float() - softmax.amax(-1).log()
@@ -326,7 +329,45 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Losses:
     return Losses(nll, softmax.to(logits.dtype))
 
 
-CrossEntropy = Callable[[Tensor, Tensor], Losses]
+Compiler = Callable[[Callable[..., Losses]], Callable[..., Losses]]
+
+
+def as_it_is(function: Callable[..., Losses]) -> Callable[..., Losses]:
+    """The compiler of a network that is not compiled."""
+    return function
+
+
+class Places(NamedTuple):
+    """The places that learn, of rows laid end to end: what a criterion makes its loss of."""
+
+    hidden: Tensor  # (tokens, dim), in the type that products are computed in
+    weight: Tensor  # (vocabulary, dim), the head's, in the same
+    targets: Tensor  # int64 (tokens,)
+    learnt: Tensor  # int64 (tokens,), which places they are
+    shape: torch.Size  # (rows, sequence) of all places
+    compiled: Compiler  # what the function of a chunk's losses goes through
+
+    def cross_entropy(self) -> "ChunkLoss":
+        function, targets = self.compiled(cross_entropy), self.targets  # without what else is held here
+        return lambda logits, part: function(logits, targets[part])
+
+
+ChunkLoss = Callable[[Tensor, slice], Losses]  # of a chunk's logits, and which of the places it is
+Criterion = Callable[[Places], tuple[Tensor, ...]]
+
+
+def nll_by_place(places: Places, batch: object = None) -> tuple[Tensor]:
+    """-log p(target) at every place, nats, 0 where there is none: float32 (rows, sequence). `batch` is what other
+    criteria look at."""
+    nll = ChunkedNLL.apply(places.hidden, places.weight, places.cross_entropy())
+    everywhere = torch.zeros(places.shape.numel(), device=nll.device)
+    return (everywhere.index_copy(0, places.learnt, nll).view(places.shape),)
+
+
+def summed_nll(places: Places, batch: object = None) -> tuple[Tensor]:
+    """Their sum, float32 ()."""
+    total, _ = SummedLoss.apply(places.hidden, places.weight, places.cross_entropy())
+    return (total,)
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -335,49 +376,53 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cross_entropy: CrossEntropy
+        ctx: Any, hidden: Tensor, weight: Tensor, losses: ChunkLoss
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.cross_entropy = cross_entropy
-        nll = torch.empty(len(targets), device=hidden.device)
-        for part in chunks(targets, weight):
-            nll[part] = cross_entropy(hidden[part] @ weight.T, targets[part]).nll
+        ctx.save_for_backward(hidden, weight)
+        ctx.losses = losses
+        nll = torch.empty(len(hidden), device=hidden.device)
+        for part in chunks(hidden, weight):
+            nll[part] = losses(hidden[part] @ weight.T, part).loss
         return nll
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
-        hidden, weight, targets = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
         gradient = HeadGradient(hidden, weight, ctx.needs_input_grad[1])
-        for part in chunks(targets, weight):
-            of_logits = ctx.cross_entropy(hidden[part] @ weight.T, targets[part]).gradient
+        for part in chunks(hidden, weight):
+            of_logits = ctx.losses(hidden[part] @ weight.T, part).gradient
             gradient.add(part, of_logits.mul_(grad[part, None]))
-        return gradient.hidden, None if gradient.weight is None else gradient.weight.to(weight.dtype), None, None
+        return gradient.hidden, None if gradient.weight is None else gradient.weight.to(weight.dtype), None
 
 
-class SummedNLL(torch.autograd.Function):
-    """Their sum, float32 (). Every token's gradient is then the same multiple of softmax - onehot, whatever follows, so
-    it is made in the forward pass, while the logits are there."""
+class SummedLoss(torch.autograd.Function):
+    """Their sum, float32 (), and beside it the sum of -log p where that is another, which has no gradient. Every
+    token's gradient is then the same multiple of its own, whatever follows, so it is made in the forward pass, while
+    the logits are there."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cross_entropy: CrossEntropy
-    ) -> Tensor:
-        total = torch.zeros((), device=hidden.device)
+        ctx: Any, hidden: Tensor, weight: Tensor, losses: ChunkLoss
+    ) -> tuple[Tensor, Tensor]:
+        total, nll = torch.zeros((), device=hidden.device), torch.zeros((), device=hidden.device)
         gradient = HeadGradient(hidden, weight, ctx.needs_input_grad[1]) if any(ctx.needs_input_grad) else None
-        for part in chunks(targets, weight):
-            losses = cross_entropy(hidden[part] @ weight.T, targets[part])
-            total += losses.nll.sum()
+        for part in chunks(hidden, weight):
+            found = losses(hidden[part] @ weight.T, part)
+            total += found.loss.sum()
+            if found.nll is not None:
+                nll += found.nll.sum()
             if gradient is not None:
-                gradient.add(part, losses.gradient)
+                gradient.add(part, found.gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient.hidden, gradient.weight)
             ctx.dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(nll)
+        return total, nll
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         hidden, weight = ctx.saved_tensors
-        return hidden * grad.to(hidden.dtype), None if weight is None else (weight * grad).to(ctx.dtype), None, None
+        return hidden * grad.to(hidden.dtype), None if weight is None else (weight * grad).to(ctx.dtype), None
 
 
 class HeadGradient:
@@ -401,7 +446,7 @@ class HeadGradient:
             self.weight += logits.T @ hidden[part]
 
 
-def chunks(targets: Tensor, weight: Tensor) -> list[slice]:
+def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Tokens whose logits are made together: as many as fit into LOSS_BYTES in float32."""
-    size = max(LOSS_TOKENS, LOSS_BYTES.get(targets.device.type, LOSS_BYTES["cuda"]) // (4 * len(weight)))
-    return [slice(start, start + size) for start in range(0, len(targets), size)]
+    size = max(LOSS_TOKENS, LOSS_BYTES.get(hidden.device.type, LOSS_BYTES["cuda"]) // (4 * len(weight)))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]

@@ -33,17 +33,18 @@ from dataset.loader import PairRows
 from dataset.records import expand_paths, form_of
 from model import generate
 from scripts import benchmark_report as report
-from scripts.benchmark_baseline import LOSSES, TheirGeneration, Theirs, their_batches
+from scripts.benchmark_baseline import TheirGeneration, Theirs, has_baseline, their_batches
 from scripts.benchmark_clock import Rates, Timed, Turns, Work, products, wait
 from scripts.benchmark_profile import profiled
-from training import STAGES, build_engine, load_config
+from training import ALONE, build_engine, load_config
 from training.config import Config
 from training.engines import Machine
+from training.loop import informed
 from training.metrics import known_peak
 from training.objectives import Objective
 from training.setup import Data, Start, load_data, run_stage, start_machine, starting_model
 
-PARTS = (*STAGES, "decode", "input")
+PARTS = (*ALONE, "decode", "input")
 UPDATES = 5  # measured, where --max_steps does not say
 DECODED = {"greedy": (0.0, 1.0), "sampled": (0.7, 0.9)}  # temperature and top_p; the latter are eval_model.py's
 TOKENIZED = 32 << 20  # bytes of data files, at most, that are tokenized anew to time it
@@ -76,15 +77,15 @@ def configs(arguments: argparse.Namespace, rest: list[str]) -> dict[str, Config]
 
     Raises ValueError for a stage that none of the files given is for.
     """
-    names = [name for name in STAGES if name in arguments.stages] or list(STAGES)
+    names = [name for name in ALONE if name in arguments.stages] or list(ALONE)
     forms = {path: form_of(path) for path in (expand_paths(arguments.data_path) if arguments.data_path else ())}
     found = {}
     for name in names:
-        form = STAGES[name].form
+        form = ALONE[name].form
         files = [path for path, each in forms.items() if each is form]
         if forms and not files:
             raise ValueError(f"--data_path: no file has rows of {name}, {form.expected}; give one, or name --stages")
-        config = load_config(STAGES[name].config, [*rest, *(["--data_path", *files] if files else [])])
+        config = load_config(ALONE[name].config, [*rest, *(["--data_path", *files] if files else [])])
         found[name] = replace(config, init_from="none", val_fraction=0.0, max_steps=config.max_steps or UPDATES)
     return found
 
@@ -94,7 +95,7 @@ def load(config: Config, machine: Machine) -> tuple[Start[Any], Data]:
     start = starting_model(config)
     with contextlib.redirect_stdout(sys.stderr):
         data = load_data(start, machine)
-    for rows in (loader.rows for loader in data.parts):
+    for rows in (rows for loader in data.parts for rows in (loader.rows, loader.rows.beside)):
         if isinstance(rows, PairRows):  # any numbers are as fast
             rows.reference = np.zeros((rows.n_pairs, 2), dtype=np.float32)
     return start, data
@@ -111,10 +112,12 @@ class Ours:
         self.engine = build_engine(start.model, start.config, machine, start.weights)
 
     def prepare(self, step: int) -> Callable[[], Work]:
-        return partial(self.update, self.loader.update(step * self.loader.rows_per_update))
+        position = step * self.loader.rows_per_update
+        return partial(self.update, position, self.loader.update(position))
 
-    def update(self, batches: list[Any]) -> Work:
-        totals = self.engine.forward_backward(batches, self.objective)
+    def update(self, position: int, batches: list[Any]) -> Work:
+        objective = informed(self.engine, self.objective, self.loader, [position])
+        totals = self.engine.forward_backward(batches, objective)
         self.engine.step(self.learning_rate)
         here = float(sum(batch.real_tokens for batch in batches))
         return Work(self.engine.sum_over_ranks([here])[0] / self.engine.world.model_size, totals.read().weight)
@@ -127,11 +130,11 @@ class Ours:
 
 def training_line(start: Start[Any], data: Data, machine: Machine, baseline: bool, profile: Path | None) -> report.Line:
     config, shape, row = start.config, start.model.config, data.train.rows.packing.capacity
-    objective = STAGES[config.stage].objective(config)
+    objective = ALONE[config.stage].objective(config)
     rates = Rates(products(start.model), data.train.batch_size * row, machine.device, machine.dtype)
     turns = Turns(machine.device, rates.measure)
     turns.start("ours", lambda: Ours(start, data, machine, objective))
-    if baseline and type(objective) in LOSSES:
+    if baseline and has_baseline(objective):
         turns.start("theirs", lambda: Theirs(start, data, machine, objective))
     for step in range(1, config.max_steps + 1):
         turns.go_round(step)
@@ -320,6 +323,6 @@ def main(arguments: argparse.Namespace, rest: list[str], config: Config) -> None
 
 if __name__ == "__main__":
     own, others = parse(sys.argv[1:])
-    first = next((name for name in STAGES if name in own.stages), next(iter(STAGES)))
+    first = next((name for name in ALONE if name in own.stages), next(iter(ALONE)))
     sys.argv[1:] = others
-    run_stage(partial(main, own, others), STAGES[first].config, __doc__)
+    run_stage(partial(main, own, others), ALONE[first].config, __doc__)

@@ -29,6 +29,7 @@ from training import DPO, NextToken
 from training.config import Config
 from training.engines import Machine, Weights
 from training.objectives import Objective
+from training.preference import Sigmoid
 from training.setup import Data, Start
 
 Sequence = tuple[Tensor, Tensor]  # int64 ids and labels of a document, each (length,); labels are not shifted
@@ -138,6 +139,11 @@ LOSSES: dict[type, Callable[[nn.Module, nn.Module | None, Padded, Any], Tensor]]
     DPO: pair_loss,
 }
 """By the objective that ours has; one that is not here is measured without another side."""
+
+
+def has_baseline(objective: Objective[Any]) -> bool:
+    """Of the losses of preferences only DPO's own has one."""
+    return type(objective) in LOSSES and isinstance(getattr(objective, "loss", Sigmoid()), Sigmoid)
 
 
 class Theirs:

@@ -17,7 +17,7 @@ from scripts.benchmark_clock import Work, wait
 
 GROUPS = {
     "matrix products": r"^aten::(mm|addmm_?|linear|mv)$|mkldnn",
-    "loss": r"nll|NLL|log_softmax|logsumexp|cross_entropy|logsigmoid|log_sigmoid",
+    "loss": r"nll|NLL|SummedLoss|log_softmax|logsumexp|cross_entropy|logsigmoid|log_sigmoid",
     "attention": r"scaled_dot_product|flash_attn|flash_attention|efficient_attention|varlen|bmm|softmax",
     "optimizer": r"Optimizer\.|adam|muon|clip_grad|_foreach|linalg_vector_norm|unscale",
     "copies": r"copy|clone|contiguous|Memcpy|Memset|^aten::(cat|stack|to|embedding|index|gather|scatter|masked_|fill"

@@ -157,7 +157,7 @@ def commit() -> str:
 @cache
 def import_seconds() -> float:
     """What a fresh process takes to import all that training needs."""
-    program = "import time; began = time.perf_counter(); import training; print(time.perf_counter() - began)"
+    program = "import time; began = time.perf_counter(); import training.setup; print(time.perf_counter() - began)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     return float(done.stdout)

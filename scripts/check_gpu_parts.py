@@ -32,7 +32,7 @@ from scripts.check_gpu_ground import (
     name_of,
 )
 from scripts.check_gpu_promises import decoding_run, graphs, kernel, training_run, waits
-from training import STAGES
+from training import ALONE
 from training.engines import SingleEngine
 from training.metrics import peak_memory_mb
 from training.setup import starting_model
@@ -242,17 +242,17 @@ def checks() -> dict[str, Check]:
     found: dict[str, Check] = {
         "card: itself": card, "card: bfloat16": bfloat16, "card: FlashAttention": flash, "card: compiling": compiling
     }  # fmt: skip
-    for stage in STAGES:
+    for stage in ALONE:
         for name, precision in PRECISIONS.items():
             for compiled in (False, True)[: 1 + (name in COMPILED)]:
                 how = f"{name}{', compiled' * compiled}"
                 found[f"parity: {stage}, {how}"] = partial(parity, stage, precision, compiled)
-    found |= {f"waits: {stage}": partial(waits, stage) for stage in STAGES}
+    found |= {f"waits: {stage}": partial(waits, stage) for stage in ALONE}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         found[f"attention: training, {name_of(dtype)}"] = partial(kernel, training_run, dtype)
     for dtype in (torch.bfloat16, torch.float16):
         found[f"attention: decoding, {name_of(dtype)}"] = partial(kernel, decoding_run, dtype)
-    found |= {f"graphs: {stage}": partial(graphs, stage) for stage in STAGES}
+    found |= {f"graphs: {stage}": partial(graphs, stage) for stage in ALONE}
     for processes in (1, 2):
         for name in list(ENGINES)[processes - 1 :]:  # one process alone is one
             found[f"engines: {name} x{processes}"] = partial(same_losses, name, processes)

@@ -26,12 +26,12 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DEFAULT_TOKENIZER, FORMS, DataError, TextTokenizer, load_tokenizer
+from dataset import DEFAULT_TOKENIZER, FORMS, LABELLED, DataError, TextTokenizer, load_tokenizer
 from dataset.forms import Form, Rendered
 from dataset.records import Row, expand_paths, form_of, one_line, read_rows
 
 BAR = 40  # characters of the longest bar
-BY_STAGE = {form.stage: form for form in FORMS}
+BY_STAGE = {form.cache or form.stage: form for form in (*FORMS, LABELLED)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("files", nargs="+", metavar="FILE", help="files or globs (.jsonl, .jsonl.gz, .jsonl.zst)")
     parser.add_argument(
         "--stage", type=lambda name: "full_sft" if name == "sft" else name, choices=tuple(BY_STAGE),
-        help="what the rows are for (sft is full_sft); by default as the first row looks",
+        help="what the rows are for (sft is full_sft, labelled is --loss_type kto); by default as the first row looks",
     )  # fmt: skip
     parser.add_argument("--rows", type=int, default=3, help="rows shown, of the first [3]")
     parser.add_argument("--max_seq_len", type=int, default=512, help="tokens a training row has room for [512]")

@@ -20,14 +20,16 @@ from training.names import ELSEWHERE, answer
 FILE = Path(__file__).parent.parent / "docs" / "flags.md"
 CHANGED = {"refuse": "refused", "note": "noted", "free": ""}  # what a resume does about another value, as listed
 
-HEAD = """\
+SCRIPTS = [f"`{stage.script}`" for stage in STAGES.values()]
+HEAD = f"""\
 # Flags
 
 <!-- Written by `python scripts/list_flags.py` from training/config.py and training/stages.py; change it there. -->
 
-Of `train_pretrain.py`, `train_full_sft.py` and `train_dpo.py`: the same on the command line and, without dashes, in a
-YAML file given with `--config`; the command line wins. Switches take `true` or `false`, and alone mean `true`; `none`
-means not given. `--help` lists the flags of every other script, `eval_model.py` included.
+Of {", ".join(SCRIPTS[:-1])} and {SCRIPTS[-1]}:
+the same on the command line and, without dashes, in a YAML file given with `--config`; the command line wins. Switches
+take `true` or `false`, and alone mean `true`; `none` means not given. `--help` lists the flags of every other script,
+`eval_model.py` included.
 
 A network's shape is that of the folder it starts from; the defaults of shape flags are those of random weights. "At a
 resume": another value than the checkpoint's is refused, noted, or (where nothing stands) does not matter.

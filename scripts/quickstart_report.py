@@ -29,8 +29,8 @@ from evaluation.health import answer as answers_of
 from evaluation.health import health
 from evaluation.scoring import Result, score_file
 from model import load_pretrained
-from training import STAGES
 
+STAGES = ("pretrain", "full_sft", "dpo")  # of scripts/quickstart.sh
 SAMPLE = Path(__file__).parent.parent / "dataset" / "sample"
 MEASURED = {  # file of held-out rows -> (number of evaluation.scoring, title of its column)
     "pretrain_heldout.jsonl": ("bits_per_byte", "bits per byte"),

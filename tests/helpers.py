@@ -14,7 +14,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from dataset import FORMS
+import torch
+
+from dataset import DEFAULT_TOKENIZER, FORMS, load_tokenizer
+from model import GPT, GPTConfig, save_pretrained
 from training import STAGES, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +25,7 @@ FORM_OF = {form.stage: form for form in FORMS}
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
 PLAIN = ["--device", "cpu", "--dtype", "float32"]  # what `auto` picks depends on the machine
 TINY = ["--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "64", *PLAIN]
+KTO = ["--loss_type", "kto", "--run_name", "kto_32"]  # a loss with an update's own number and rows of its own form
 # DoRA and the control tokens are part of it: more that must be right at once
 LORA = ["--adapter", "lora", "--lora_rank", "4", "--lora_dora", "--train_control_tokens"]
 WORDS = (
@@ -40,19 +44,24 @@ def sentence(rng: random.Random, low: int, high: int) -> str:
 
 
 def make_data(folder: Path, rows: int = 60, seed: int = 0) -> dict[str, Path]:
-    """One small file a stage, with answers of very different lengths (so that ranks get unequal supervised tokens)."""
+    """One small file a stage, and one of labelled answers and pairs, with answers of very different lengths (so that
+    ranks get unequal supervised tokens)."""
     rng = random.Random(seed)
     text = [{"text": f"{i} {sentence(rng, 3, 60)}"} for i in range(rows)]
-    chats, pairs = [], []
+    chats, pairs, labelled = [], [], []
     for i in range(rows):
         question = {"role": "user", "content": f"{i} {sentence(rng, 1, 12)}?"}
         answers = [{"role": "assistant", "content": sentence(rng, 1, 25)} for _ in range(2)]
         chats.append({"conversations": [question, answers[0]]})
         pairs.append({"chosen": [question, answers[0]], "rejected": [question, answers[1]]})
+        one = {"conversations": [question, answers[i % 3]], "label": i % 3 == 0} if i % 3 < 2 else pairs[-1]
+        labelled.append(one)
     return {
         "pretrain": write_jsonl(folder / "pretrain.jsonl", text),
         "full_sft": write_jsonl(folder / "sft.jsonl", chats),
         "dpo": write_jsonl(folder / "dpo.jsonl", pairs),
+        "distill": folder / "sft.jsonl",
+        "kto": write_jsonl(folder / "kto.jsonl", labelled),
     }
 
 
@@ -159,6 +168,7 @@ def train_many(folder: Path, runs: list[tuple[str, list[Any]]], ranks: int = 2, 
 
 def train_here(stage: str, *flags: Any) -> None:
     """Run one entry script's main in this process, which saves the seconds that importing torch takes."""
+    stage, flags = ("dpo", (*flags, *KTO)) if stage == "kto" else (stage, flags)
     tools = {name: (f"scripts.{name}", STAGES["pretrain"].config) for name in ("memory", "scaling")}  # flags of a stage
     stages = {name: (each.script.removesuffix(".py"), each.config) for name, each in STAGES.items()}
     module, config = (tools | stages)[stage]
@@ -181,20 +191,35 @@ def run_here(stage: str, *flags: Any) -> subprocess.CompletedProcess[str]:
 
 
 def train_start(folder: Path) -> None:
-    """Data, and a model of the two stages before, for `stage_flags` to start from."""
+    """Data, a model of the two stages before, and a teacher, for `stage_flags` to start from."""
     data = make_data(folder)
     flags = ["--dim", 32, "--out_dir", folder / "start", "--cache_dir", folder / "cache", "--max_steps", 3, *PLAIN]
     train_here("pretrain", "--data_path", data["pretrain"], *flags, *TINY)
     train_here("full_sft", "--data_path", data["full_sft"], *flags)
+    make_teacher(folder / "start/teacher")
+
+
+def make_teacher(folder: Path, **shape: Any) -> Path:
+    """A model folder whose weights are far from first ones, so that it is sure of what it says."""
+    model = GPT(GPTConfig(**({"dim": 48, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64} | shape)))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter.ndim == 1) + 0.1 * torch.randn(parameter.shape, generator=generator))
+    save_pretrained(model, folder)
+    load_tokenizer(DEFAULT_TOKENIZER).save(folder)
+    return folder
 
 
 def stage_flags(base: Path, stage: str, out: Path) -> list[Any]:
-    """One stage on the data and starting model of `train_start(base)`, every step logged."""
-    data = {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl", "dpo": "dpo.jsonl"}[stage]
+    """One stage (or kto, which is dpo's) on the data and starting model of `train_start(base)`, every step logged."""
+    data = {"pretrain": "pretrain.jsonl", "dpo": "dpo.jsonl", "kto": "kto.jsonl"}.get(stage, "sft.jsonl")
     start = {
         "pretrain": TINY,
         "full_sft": ["--init_from", base / "start/pretrain_32"],
         "dpo": ["--init_from", base / "start/full_sft_32"],
+        "distill": ["--init_from", base / "start/pretrain_32", "--teacher", base / "start/teacher"],
+        "kto": ["--init_from", base / "start/full_sft_32"],
     }[stage]
     folders = ["--data_path", base / data, "--out_dir", out, "--cache_dir", base / "cache"]
     return [*folders, "--dim", 32, "--log_interval", 1, *PLAIN, *start]

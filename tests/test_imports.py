@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import dataset
+import evaluation
 import training
 from tests.helpers import ROOT
 
-ENTRIES = {"train_pretrain", "train_full_sft", "train_dpo", "eval_model"}
+ENTRIES = {"train_pretrain", "train_full_sft", "train_dpo", "train_distill", "eval_model"}
 OURS = {"model", "dataset", "evaluation", "serving", "training", "scripts", "tests"} | ENTRIES
 MAY_IMPORT = {
     "model": {"model"},
@@ -118,7 +119,7 @@ for flags in (["--help"], ["--batch_sise", "4"]):
     assert "usage: " in done.stdout and "did you mean --batch_size?" in done.stderr
 
 
-@pytest.mark.parametrize("package", [dataset, training], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [dataset, evaluation, training], ids=lambda package: package.__name__)
 def test_names_that_are_imported_later_are_there(package):
     assert [name for name in package.__all__ if not hasattr(package, name)] == []
     with pytest.raises(ImportError, match="no_such_thing"):

@@ -5,25 +5,28 @@ from typing import TYPE_CHECKING
 from dataset.later import later
 from training.command import run_stage
 from training.config import load_config
-from training.stages import DPOConfig, PretrainConfig, SFTConfig
+from training.stages import DistillConfig, DPOConfig, PretrainConfig, SFTConfig
 
 if TYPE_CHECKING:
     from training.engines import build_engine
     from training.loop import train
-    from training.objectives import DPO, STAGES, NextToken
+    from training.objectives import ALONE, DPO, STAGES, Distillation, NextToken
 else:  # they need torch, which takes a second to import; flags are checked without it
     __getattr__ = later(
         {
             "training.engines": ("build_engine",),
             "training.loop": ("train",),
-            "training.objectives": ("DPO", "STAGES", "NextToken"),
+            "training.objectives": ("ALONE", "DPO", "STAGES", "Distillation", "NextToken"),
         }
     )
 
 __all__ = [
+    "ALONE",
     "DPO",
     "STAGES",
     "DPOConfig",
+    "DistillConfig",
+    "Distillation",
     "NextToken",
     "PretrainConfig",
     "SFTConfig",

@@ -15,7 +15,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -35,7 +35,7 @@ from training.best import Best, check_keep_best
 from training.config import save_config
 from training.engines.contract import Engine, Totals
 from training.metrics import Metrics, Record, peak_flops, peak_memory_mb
-from training.objectives import Objective
+from training.objectives import Measured, Objective
 from training.optimizer import learning_rate
 from training.run_folder import held
 from training.saver import Progress, Saver, Settings, noted, resume
@@ -59,6 +59,10 @@ class Source(Protocol):
     @property
     def tokens_per_row(self) -> float:
         """Real (non-padding) tokens of a row, on average."""
+
+    @property
+    def beside(self) -> "Source | None":
+        """The same updates of rows that are asked about before these are learnt (mismatched answers); None for none."""
 
     def prompts(self, limit: int) -> list[list[int]]:
         """Open prompts, of held-out rows that have them."""
@@ -167,7 +171,8 @@ class Run:
             while progress.step < self.total_steps and not self.best.over:
                 update = upcoming.take(progress.position)
                 rate = self.rate()
-                totals = engine.forward_backward(update.sent.arrived(), self.objective, update.weight)
+                objective = informed(engine, self.objective, self.source, [progress.position])
+                totals = engine.forward_backward(update.sent.arrived(), objective, update.weight)
                 norm = engine.step(rate)
                 progress.step += 1
                 progress.position = min(progress.position + self.source.rows_per_update, self.source.total_rows)
@@ -385,12 +390,27 @@ def planned_steps(source: Source, progress: Progress, max_steps: int) -> int:
 def held_out_metrics(engine: Engine, objective: Objective[Any], source: Source) -> dict[str, float]:
     """val_* of the held-out rows, the same choice at every call. All ranks run the same number of batches, of padding
     where there are no more rows."""
+    positions = range(0, source.total_rows, source.rows_per_update)
+    objective = informed(engine, objective, source, positions)
+    sums, weight = measured(engine, objective, source, positions)
+    return {f"val_{name}": value for name, value in objective.metrics(sums, weight).items()}
+
+
+def informed(engine: Engine, objective: Objective[Any], source: Source, positions: Sequence[int]) -> Objective[Any]:
+    """The objective, told what it has to know of these updates before the first is looked at. What it asks for is
+    waited for; most ask for nothing."""
+    beside = source.beside
+    return objective if beside is None else objective.informed(lambda: measured(engine, objective, beside, positions))
+
+
+def measured(engine: Engine, objective: Objective[Any], source: Source, positions: Sequence[int]) -> Measured:
+    """The objective's sums over these updates and all ranks, and their weight, without gradients."""
     sums, weight = dict.fromkeys(objective.names, 0.0), 0.0
-    for position in range(0, source.total_rows, source.rows_per_update):
+    for position in positions:
         totals = engine.evaluate(source.update(position), objective)
         sums = {name: sums[name] + totals.sums[name] for name in sums}
         weight += totals.weight
-    return {f"val_{name}": value for name, value in objective.metrics(sums, weight).items()}
+    return sums, weight
 
 
 def due(step: int, interval: int) -> bool:

@@ -1,30 +1,37 @@
 """What is optimised: what the network said of a batch in, a SUM and its weight out. Means are taken once an update.
 
     NextToken   sum of -log p(next token), weight = supervised tokens
-    DPO         sum over pairs of -log sigmoid(beta * margin), weight = pairs
+    DPO         sum over pairs of a loss of preference.py, -log sigmoid(beta * margin) say, weight = pairs
+    KTO         sum over answers that are judged one by one, weight = answers
+    Distillation    sum of how far the student is from its teacher, weight = supervised tokens
 
 An objective never calls the network: the engine does, and hands over its `Output`. It returns (loss to differentiate,
 {name: summed statistic}); `metrics` turns the sums over all micro-batches and ranks into what is logged. At the end
 stands the table of stages; their flags are in stages.py.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import CONVERSATION, PAIR, TEXT
+from dataset import CONVERSATION, LABELLED, PAIR, TEXT
 from dataset.batch import Batch, PairBatch
 from dataset.forms import Form
+from model.gpt import Places, SummedLoss, nll_by_place, summed_nll
 from training.config import Config
+from training.distillation import Distance, Divergences, TopK, distilled
 from training.metrics import Record
-from training.stages import DPOConfig, PretrainConfig, SFTConfig
+from training.preference import LOSSES, Answers, Referred, own_flags
+from training.stages import DistillConfig, DPOConfig, PretrainConfig, SFTConfig
+from training.teacher import Said, TaughtBatch, Teacher
 
 Sums = dict[str, Tensor]
+Measured = tuple[dict[str, float], float]  # an objective's sums, and the weight that they are divided by
 B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
 
 
@@ -32,18 +39,26 @@ class Output(NamedTuple):
     """What the network said of a batch. It grows by a field where a network says more (a router's loss, a value)."""
 
     nll: Tensor  # float32 (rows, sequence): -log p(label), nats, 0 where there is no label; or () their sum
+    loss: Tensor | None = None  # float32 (): the sum of another loss, of an objective whose criterion makes one
 
 
 class Objective(Protocol[B_contra]):
     names: tuple[str, ...]  # of the summed statistics, "loss" first
     unit: str  # what is weighed, where that is not tokens; "" else
-    summed: bool  # whether the sum of -log p is all it looks at, which costs less than the single ones
     only_held_out: tuple[str, ...]  # metrics that are worth a line for held-out rows alone
+
+    def criterion(self, places: Places, batch: B_contra) -> tuple[Tensor, ...]:
+        """What the network is to make of the places that learn, which becomes an Output: the sum of -log p where no
+        more is looked at, which costs less than the single ones, or a loss of the objective's own."""
 
     def weight(self, batch: B_contra) -> int:
         """What a sum over this batch is divided by."""
 
     def __call__(self, output: Output, batch: B_contra) -> tuple[Tensor, Sums]: ...
+
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        """Itself, or a copy that knows what it has to know of an update (or a validation) before that is looked at:
+        `beside()` asks the network, without gradients, about the rows that the source has beside those."""
 
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
         """Sums over a whole update (or validation) -> what is logged."""
@@ -62,7 +77,7 @@ class NextToken:
     """
 
     unit = ""
-    summed = True
+    criterion = staticmethod(summed_nll)
     only_held_out: tuple[str, ...] = ("bpb",)
 
     def __init__(self, token_bytes: Tensor | None = None):
@@ -80,6 +95,9 @@ class NextToken:
                 self.token_bytes = self.token_bytes.to(loss.device)
             sums["bytes"] = (self.token_bytes[batch.labels.clamp(min=0)] * (batch.labels >= 0)).sum()
         return loss, sums
+
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        return self
 
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
         metrics = {"loss": sums["loss"] / max(1.0, weight)}
@@ -107,10 +125,14 @@ def answer_logps(output: Output, batch: PairBatch) -> Tensor:
     return -by_answer(output.nll, batch)
 
 
-class DPO:
-    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
+def answer_lengths(batch: PairBatch) -> Tensor:
+    """Tokens of every answer that are learnt: float32 (pairs, 2), 0 where a pair lacks one."""
+    return by_answer((batch.segment >= 0).float(), batch)
 
-    loss = -log sigmoid(beta * ((log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected))))
+
+class DPO:
+    """Preference tuning on pairs, by one of the losses of preference.py; by default DPO (Rafailov et al. 2023,
+    arXiv:2305.18290).
 
     With nll_weight, a pair's loss also has nll_weight * -log p(chosen) / tokens of chosen (RPO's loss: Pang et al.
     2024, arXiv:2404.19733, section 2), against answers that become unlikely while their margin grows.
@@ -126,27 +148,30 @@ class DPO:
         "chosen_nll",
     )
     unit = "pairs"
-    summed = False
+    criterion = staticmethod(nll_by_place)
     only_held_out: tuple[str, ...] = ()
-    losses: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {"sigmoid": lambda margin: -F.logsigmoid(margin)}
+    kl = 0.0  # nats; see KTO
 
-    def __init__(self, beta: float = 0.1, loss_type: str = "sigmoid", nll_weight: float = 0.0):
-        self.beta, self.loss_of_margin, self.nll_weight = beta, self.losses[loss_type], nll_weight
+    def __init__(self, beta: float | None = None, loss_type: str = "sigmoid", nll_weight: float = 0.0, **flags: float):
+        """beta, flags: those that the loss reads; its own defaults where they are not given."""
+        self.loss = LOSSES[loss_type](**flags | ({} if beta is None else {"beta": beta}))
+        self.nll_weight = nll_weight
 
     def weight(self, batch: PairBatch) -> int:
         return batch.n_pairs
 
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        return self
+
     def __call__(self, output: Output, batch: PairBatch) -> tuple[Tensor, Sums]:
-        logps = answer_logps(output, batch)
-        rewards = self.beta * (logps - batch.reference)
-        margin = rewards[:, 0] - rewards[:, 1]
-        lengths = by_answer((batch.segment >= 0).to(logps.dtype), batch)
-        nll = -logps[:, 0] / lengths[:, 0].clamp(min=1)
-        loss = (self.loss_of_margin(margin) + self.nll_weight * nll).sum()
+        answers = Answers(answer_logps(output, batch), batch.reference, answer_lengths(batch), self.kl)
+        rewards, logps = self.loss.rewards(answers), answers.logps
+        nll = -logps[:, 0] / answers.lengths[:, 0].clamp(min=1)
+        loss = (self.loss(rewards, answers) + self.nll_weight * nll).sum()
         kept = rewards.detach()
         sums = {
             "loss": loss.detach(),
-            "reward_accuracy": (margin.detach() > 0).sum(),
+            "reward_accuracy": self.loss.right(kept, answers).sum(),
             "chosen_reward": kept[:, 0].sum(),
             "rejected_reward": kept[:, 1].sum(),
             "chosen_logp": logps.detach()[:, 0].sum(),
@@ -157,11 +182,14 @@ class DPO:
 
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
         """Means over pairs; chosen_nll is nats a token. `drift` is the mean change of the chosen answers'
-        log-probability since the start, nats."""
-        metrics = {name: value / max(1.0, weight) for name, value in sums.items()}
-        metrics["reward_margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
-        metrics["drift"] = metrics["chosen_reward"] / self.beta
-        return metrics
+        log-probability since the start, nats; without a reference there is none."""
+        return self.compared({name: value / max(1.0, weight) for name, value in sums.items()})
+
+    def compared(self, means: dict[str, float]) -> dict[str, float]:
+        means["reward_margin"] = means["chosen_reward"] - means["rejected_reward"]
+        if isinstance(self.loss, Referred):
+            means["drift"] = means["chosen_reward"] / self.loss.beta
+        return means
 
     def warnings(self, record: Record) -> list[str]:
         """Where preference training does nothing, or too much. What becomes of answers is measured (answers.py)."""
@@ -179,6 +207,106 @@ class DPO:
         return found
 
 
+class KTO(DPO):
+    """Preference tuning on answers that are judged one by one: what is called chosen is desirable, rejected is not.
+
+    A pair of its batches may lack one of the two. `kl` is the loss's z0, in nats: the mean log-ratio of the mismatched
+    answers that the rows of an update have beside them, 0 where it is negative.
+    """
+
+    names = (*DPO.names, "kl", "chosen_answers")
+    unit = "answers"
+
+    def weight(self, batch: PairBatch) -> int:
+        return batch.n_answers
+
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        sums, weight = beside()
+        assert isinstance(self.loss, Referred)
+        told = copy.copy(self)
+        rewards = sums["chosen_reward"] + sums["rejected_reward"]
+        told.kl = max(0.0, rewards / self.loss.beta / max(1.0, weight))
+        return told
+
+    def __call__(self, output: Output, batch: PairBatch) -> tuple[Tensor, Sums]:
+        loss, sums = super().__call__(output, batch)
+        there = answer_lengths(batch) > 0
+        return loss, sums | {"kl": self.kl * there.sum(), "chosen_answers": there[:, 0].sum()}
+
+    def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
+        """Means over answers, or over those of a kind (no number where there are none); reward_accuracy is the share of
+        answers whose reward is on its side of beta * kl."""
+        chosen = sums["chosen_answers"]
+        of_kind = {"chosen": chosen or math.nan, "rejected": weight - chosen or math.nan}
+        means = {name: value / of_kind.get(name.partition("_")[0], max(1.0, weight)) for name, value in sums.items()}
+        del means["chosen_answers"]
+        return self.compared(means)
+
+
+def preference(config: DPOConfig) -> DPO:
+    """The objective of a config's loss."""
+    flags = {name: getattr(config, name) for name in own_flags(config.loss_type)}
+    kind = KTO if LOSSES[config.loss_type].single else DPO
+    return kind(loss_type=config.loss_type, nll_weight=config.nll_weight, **flags)
+
+
+# Distillation --------------------------------------------------------------------------------------------------------
+
+
+class Distillation:
+    """To be near a teacher at every supervised token (training/distillation.py has the formulas).
+
+    teacher: asked about batches that do not bring along what it says (`TaughtBatch`).
+    """
+
+    names: tuple[str, ...] = ("loss", "ce_loss")
+    unit = ""
+    only_held_out: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        loss: Divergences = "forward_kl",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        ce_weight: float = 0.0,
+        teacher: Teacher | None = None,
+    ):
+        self.distance, self.teacher = Distance(loss, beta, temperature, ce_weight), teacher
+
+    def criterion(self, places: Places, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of -log p, sum of the losses); no more than a chunk of either's logits is there at a time."""
+        if isinstance(batch, TaughtBatch):
+            said: Said | TopK = TopK(batch.teacher_ids, batch.teacher_logps)
+        else:
+            assert self.teacher is not None
+            said = self.teacher.ask(batch, places.hidden)
+        function, targets, distance = places.compiled(distilled), places.targets, self.distance
+        loss, nll = SummedLoss.apply(
+            places.hidden, places.weight,
+            lambda logits, part: function(logits, targets[part], said.part(part), distance),
+        )  # fmt: skip
+        return nll, loss
+
+    def weight(self, batch: Batch) -> int:
+        return batch.supervised
+
+    def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Sums]:
+        assert output.loss is not None  # the criterion's
+        return output.loss, {"loss": output.loss.detach(), "ce_loss": output.nll}
+
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        return self
+
+    def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
+        """Means over tokens, nats: `ce_loss` is what SFT calls its loss; `divergence` has no T^2 in it."""
+        metrics = {name: value / max(1.0, weight) for name, value in sums.items()}
+        hard = self.distance.ce_weight * metrics["ce_loss"]
+        return metrics | {"divergence": (metrics["loss"] - hard) / self.distance.share}
+
+    def warnings(self, record: Record) -> list[str]:
+        return []
+
+
 # The stages ----------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +317,11 @@ class Stage:
     config: type[Config]
     form: Form  # of its rows
     objective: Callable[[Any], "Objective[Any]"]  # of its config
+    rows: Callable[[Any], Form] | None = None  # of its config, where that decides which form its rows have
+    alone: bool = True  # whether rows and the model that is trained are all it needs: no other model stands beside it
+
+    def form_for(self, config: Config) -> Form:
+        return self.rows(config) if self.rows else self.form
 
     @property
     def script(self) -> str:
@@ -200,7 +333,17 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(PretrainConfig, TEXT, lambda config: NextToken()),
         Stage(SFTConfig, CONVERSATION, lambda config: NextToken()),
-        Stage(DPOConfig, PAIR, lambda config: DPO(config.beta, config.loss_type, config.nll_weight)),
+        Stage(DPOConfig, PAIR, preference, lambda config: LABELLED if LOSSES[config.loss_type].single else PAIR),
+        Stage(
+            DistillConfig,
+            CONVERSATION,
+            lambda config: Distillation(
+                config.distill_loss, config.jsd_beta, config.distill_temperature, config.ce_weight
+            ),
+            alone=False,
+        ),
     )
 }
-"""In the order in which they are run."""
+"""In the order in which they are run; distill in the place of full_sft."""
+ALONE = {name: stage for name, stage in STAGES.items() if stage.alone}
+"""What is measured and checked without more than the sample data."""

@@ -1,5 +1,6 @@
 """DPO's reference: what the frozen starting model thinks of every answer, computed once and cached.
 
+    prepare_reference(loader, objective, engine, config, start_hash)    where the loss has one, and nothing where not
     fill_reference(loader, engine, config, start_hash)    loader.rows.reference = float32 (pairs, 2), nats
 
 It is two more columns of the batch, chosen and rejected, so that the loss is a pure function of tensors and no second
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
 from dataset import Loader
 from dataset.batch import PairBatch
@@ -23,10 +25,20 @@ from dataset.progress import Progress
 from training import checkpoint
 from training.config import Config
 from training.engines.contract import Engine
-from training.objectives import answer_logps
+from training.objectives import DPO, answer_logps
 
 VERSION = 2  # raise it when the same model and pairs give other numbers, so that old caches are left alone
 LARGER = 4  # times the rows of training are asked about at once: no gradient takes memory
+
+
+def prepare_reference(loader: Loader, objective: DPO, engine: Engine, config: Config, start_hash: str) -> None:
+    """The reference of a loader's rows and of those beside them; for a loss without one nobody is asked."""
+    for each in filter(None, (loader, loader.beside)):
+        if objective.loss.reference:
+            fill_reference(each, engine, config, start_hash)
+        else:
+            assert isinstance(each.rows, PairRows)
+            each.rows.reference = np.zeros((each.rows.n_pairs, 0), dtype=np.float32)
 
 
 def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: str) -> None:
@@ -46,20 +58,30 @@ def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: s
     # every rank reads its own copy; where one has none, none is used, so that all have the same work left
     if all(engine.gather(path.is_file())):
         known = torch.load(path, weights_only=True).numpy()
-    seen = loader.rows_before(max(engine.gather(last_position(loader, config))))
     row_of_pair = np.repeat(np.arange(len(rows)), np.diff(rows.packing.offsets))
     unknown = np.isnan(known[rows.packing.document]).any(1)
-    missing = np.intersect1d(seen, row_of_pair[unknown]).tolist()
-    wanted = sorted(set().union(*engine.gather(missing)))  # caches of nodes may differ
+    wanted = rows_to_ask(loader, engine, config, row_of_pair[unknown])
     rows.reference = known
     if not wanted:
         return
     compute_reference(rows, wanted, engine, fitting(LARGER * config.batch_size, len(wanted), engine.world.data_size))
     if engine.world.rank == 0:
-        # a name of its own: another run may be writing the same file
-        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        torch.save(torch.from_numpy(rows.reference), part)
-        os.replace(part, path)
+        write(torch.from_numpy(rows.reference), path)
+
+
+def rows_to_ask(loader: Loader, engine: Engine, config: Config, unknown: np.ndarray) -> list[int]:
+    """Numbers of the rows, ascending, that a run will see and that are among those `unknown` to any rank."""
+    seen = loader.rows_before(max(engine.gather(last_position(loader, config))))
+    missing = np.intersect1d(seen, unknown).tolist()
+    return sorted(set().union(*engine.gather(missing)))  # caches of nodes may differ
+
+
+def write(content: Tensor | tuple[Tensor, ...], path: Path) -> None:
+    """Whole or not at all."""
+    # a name of its own: another run may be writing the same file
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    torch.save(content, part)
+    os.replace(part, path)
 
 
 def last_position(loader: Loader, config: Config) -> int:

@@ -1,5 +1,6 @@
 """What every entry script does before it trains: a config in; processes, tokenizer, model and data out."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from training.config import SHAPE_FLAGS, ChatConfig, Config, model_folder, rules
 from training.distributed import World
 from training.engines import Machine, Weights, engine_name
 from training.objectives import STAGES
+from training.stages import DistillConfig
+from training.teacher import Teacher
 
 C = TypeVar("C", bound=Config)
 STOPPED = "stopped by Ctrl-C; the same command begins again, or goes on from the newest checkpoint"
@@ -159,6 +162,50 @@ def starting_folder(config: Config) -> str:
     return str(folder)
 
 
+def starting_teacher(start: Start[DistillConfig], machine: Machine) -> Teacher:
+    """The frozen model to learn from.
+
+    Raises FileNotFoundError where it is not there, and ValueError where none is named, where it has another vocabulary
+    than the student, or a shorter context than a row.
+    """
+    config = start.config
+    if config.teacher is None:
+        raise ValueError("no teacher to learn from; give its model folder, or the name of its run, with --teacher")
+    folder = model_folder(config.teacher, config.out_dir)
+    shape, student = load_model_config(folder), f"the student {config.init_from or ''}"
+    if config.init_from == "none":
+        student = f"the student (random weights, tokenizer {start.tokenizer.folder})"
+    problem = other_vocabulary(load_tokenizer(folder), start.tokenizer)
+    if not problem and shape.vocab_size != start.model.config.vocab_size:
+        problem = f"{shape.vocab_size:,} rows of its embedding, and {start.model.config.vocab_size:,}"
+    if problem:
+        raise ValueError(
+            f"the teacher {folder} has another vocabulary than {student}: {problem}. What a teacher says of a token is "
+            "said of its number; give a --teacher of the same tokenizer, or --tokenizer and --init_from to fit it"
+        )
+    if shape.max_seq_len < start.max_seq_len:
+        raise ValueError(
+            f"the teacher {folder} has a context of {shape.max_seq_len:,} tokens, and rows are {start.max_seq_len:,}; "
+            f"give --max_seq_len {shape.max_seq_len}"
+        )
+    weights = partial(folder_weights, folder, shape)
+    made_of = f"{weights_hash(weights)} {json.dumps(shape.to_hf(), sort_keys=True)}"
+    identity = xxhash.xxh3_64_hexdigest(made_of.encode())
+    return Teacher(shape, weights, identity, distributed.pick_compile(config.compile, machine.device))
+
+
+def other_vocabulary(teacher: TextTokenizer, student: TextTokenizer) -> str:
+    """Where two tokenizers first differ in what a token stands for, or "". How text becomes tokens is the student's
+    matter alone."""
+    if teacher.fingerprint == student.fingerprint:
+        return ""
+    sizes = teacher.vocab_size, student.vocab_size
+    if sizes[0] != sizes[1]:
+        return f"{sizes[0]:,} tokens, and {sizes[1]:,}"
+    pairs = ((i, teacher.token_text(i), student.token_text(i)) for i in range(sizes[0]))
+    return next((f"token {i} is {theirs!r}, and {ours!r}" for i, theirs, ours in pairs if theirs != ours), "")
+
+
 def check_shapes(config: Config, folder: GPTConfig, init: str) -> None:
     for name in SHAPE_FLAGS:
         wanted, found = getattr(config, name), getattr(folder, name)
@@ -219,7 +266,7 @@ def load_parts(start: Start[Any], show: bool) -> tuple[Rows | None, Rows | None]
     config = start.config
     build = partial(
         build_parts,
-        STAGES[config.stage].form,
+        STAGES[config.stage].form_for(config),
         tokenizer=start.tokenizer,
         max_seq_len=start.max_seq_len,
         on_bad_row=config.on_bad_row,

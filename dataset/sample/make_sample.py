@@ -326,12 +326,15 @@ def portrait(rng: random.Random, colour: int, animal: int) -> Word:
     return Word(" ".join(line.en for line in lines), "".join(line.zh for line in lines))
 
 
+DESCRIBE = {
+    "en": ("Tell me about the {}.", "What is the {} like?", "Describe the {}."),
+    "zh": ("介绍一下{}。", "{}是什么样的？", "说说{}。"),
+}
+
+
 def ask_describe(rng: random.Random, colour: int, animal: int) -> Word:
     en, zh = named(colour, animal)
-    return Word(
-        rng.choice(("Tell me about the {}.", "What is the {} like?", "Describe the {}.")).format(en),
-        rng.choice(("介绍一下{}。", "{}是什么样的？", "说说{}。")).format(zh),
-    )
+    return Word(rng.choice(DESCRIBE["en"]).format(en), rng.choice(DESCRIBE["zh"]).format(zh))
 
 
 class OpenPrompt(NamedTuple):
@@ -345,12 +348,11 @@ class OpenPrompt(NamedTuple):
 
 def open_prompts(held_out: bool = True) -> list[OpenPrompt]:
     """Two ways of asking about every (colour, animal) that is, or is not, kept out, in both languages."""
-    asked = {"en": ("Tell me about the {}.", "Describe the {}."), "zh": ("介绍一下{}。", "说说{}。")}
     return [
         OpenPrompt(language, colour, animal, form.format(name))
         for colour, animal in pairs(len(COLOURS), len(ANIMALS), kept_out_colour, held_out)
         for language, name in zip(LANGUAGES, named(colour, animal), strict=True)
-        for form in asked[language]
+        for form in DESCRIBE[language][::2]
     ]
 
 

@@ -1,5 +1,6 @@
 """What the tests of engines share: one process's runs, the same runs spread, and their comparison."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ from safetensors.torch import load_file
 
 from tests.helpers import LORA, losses, metrics, stage_flags, train_here, train_many, train_start
 
-STAGES = ("pretrain", "full_sft", "dpo", "dpo_lora")
+STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill", "dpo_lora")
 LORA_START = "full_sft_lora"  # whose adapter the last goes on with
+Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
 STEPS = 12
 
 
@@ -42,23 +44,24 @@ def run_of(base: Path, run: str, name: str, *flags: object) -> tuple[str, list]:
     return stage, [*stage_flags(base, stage, base / name), *steps, *flags]
 
 
-def train_all(base: Path, engines: dict[str, list[str]], ranks: int, **how: object) -> None:
+def train_all(base: Path, engines: dict[str, list[str]], ranks: int, more: Runs = (), **how: object) -> None:
     """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four."""
     split = ["--batch_size", 4 // ranks, "--accumulation_steps", 2]
     runs = [
         run_of(base, stage, f"{name} x{ranks}", *split, *flags) for name, flags in engines.items() for stage in STAGES
     ]
+    runs += [run_of(base, stage, f"{name} x{ranks}", *split, *flags) for stage, name, flags in more]
     train_many(base, runs, ranks, **how)
 
 
-def same_as_alone(base: Path, name: str, stage: str) -> None:
-    alone, spread = losses(base / "single", stage), losses(base / name, stage)
+def same_as_alone(base: Path, name: str, stage: str, single: str = "single") -> None:
+    alone, spread = losses(base / single, stage), losses(base / name, stage)
     assert len(alone) == STEPS and alone[STEPS] < alone[1]
     assert spread == pytest.approx(alone, rel=1e-5)
-    val = [[r["val_loss"] for r in metrics(base / folder, stage) if "val_loss" in r] for folder in ("single", name)]
+    val = [[r["val_loss"] for r in metrics(base / folder, stage) if "val_loss" in r] for folder in (single, name)]
     assert len(val[0]) == STEPS // 4 and val[1] == pytest.approx(val[0], rel=1e-5)
     file = "adapter_model.safetensors" if stage == "dpo_lora" else "model.safetensors"
-    weights = [load_file(base / folder / f"{stage}_32" / file) for folder in ("single", name)]
+    weights = [load_file(base / folder / f"{stage}_32" / file) for folder in (single, name)]
     assert weights[0].keys() == weights[1].keys()
     for key, tensor in weights[0].items():
         assert (weights[1][key] - tensor).abs().max() < 1e-5, key

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.invariant.engines import STAGES, same_as_alone, train_all, train_alone
+from tests.helpers import train_here
+from tests.invariant.engines import STAGES, run_of, same_as_alone, train_all, train_alone
 
 TORCHRUN = {
     "ddp": ["--engine", "ddp"],
@@ -14,6 +15,7 @@ TORCHRUN = {
         "--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save",
     ],
 }  # fmt: skip
+TOP_K = ["--teacher_top_k", "16", "--distill_loss", "jsd", "--distill_temperature", "2", "--ce_weight", "0.3"]
 FOUR = {"ddp": ["--engine", "ddp"], "fsdp, a copy a node": ["--engine", "fsdp", "--hsdp"]}
 
 
@@ -21,7 +23,9 @@ FOUR = {"ddp": ["--engine", "ddp"], "fsdp, a copy a node": ["--engine", "fsdp", 
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
     train_alone(folder)
-    train_all(folder, TORCHRUN, ranks=2)
+    stage, flags = run_of(folder, "distill", "top k", *TOP_K, "--batch_size", 8)
+    train_here(stage, *flags)
+    train_all(folder, TORCHRUN, ranks=2, more=[("distill", "top k", [*TOP_K, "--cache_dir", f"{folder}/none yet"])])
     train_all(folder, FOUR, ranks=4, nodes=2)
     return folder
 
@@ -36,3 +40,7 @@ def test_two_ranks(base: Path, engine: str, stage: str) -> None:
 @pytest.mark.parametrize("engine", FOUR)
 def test_four_ranks_on_two_nodes(base: Path, engine: str, stage: str) -> None:
     same_as_alone(base, f"{engine} x4", stage)
+
+
+def test_ranks_ask_a_teacher_ahead_side_by_side(base: Path) -> None:
+    same_as_alone(base, "top k x2", "distill", single="top k")

@@ -12,6 +12,7 @@ from model import GPT, generate, load_pretrained, save_pretrained
 from model.adapter_folder import base_folder, load_adapter, save_adapter, tokenizer_folder
 from model.adapters import LINEAR, Adapter, Bottleneck, LoRA, LoRALinear, begun, merged
 from model.folder import assemble, folder_weights
+from model.gpt import nll_by_place, summed_nll
 
 SETTINGS = {
     "lora": {},
@@ -76,9 +77,9 @@ def test_only_the_adapter_learns_and_it_learns_what_the_merged_weights_say(pair)
     base, model = pair
     shake(model)
     found = []
-    for summed in (True, False):
+    for criterion in (summed_nll, nll_by_place):
         model.zero_grad()
-        model(IDS[:, :-1], labels=IDS[:, 1:], summed=summed).sum().backward()
+        model(IDS[:, :-1], labels=IDS[:, 1:], criterion=criterion)[0].sum().backward()
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in learnt(model).items()}

@@ -12,6 +12,7 @@ from dataset.batch import PairBatch
 from dataset.loader import PairRows
 from model import GPTConfig
 from model.attention import Context, Layout, attend, plan_blocks, rotary, visible
+from model.gpt import summed_nll
 from tests.conftest import encoded
 from training.engines.pytorch import layout_of
 
@@ -172,9 +173,9 @@ def test_the_sum_of_losses_has_the_gradient_of_the_single_ones(make_model, monke
     batch, _ = pairs()
     ask = {"layout": layout_of(batch), "learnt": batch.learnt}
     single = network(batch.input_ids, batch.position_ids, batch.labels, **ask).sum()
-    summed = network(batch.input_ids, batch.position_ids, batch.labels, **ask, summed=True)
+    (summed,) = network(batch.input_ids, batch.position_ids, batch.labels, **ask, criterion=summed_nll)
     torch.testing.assert_close(summed, single, atol=1e-5, rtol=1e-6)
     gradients = [torch.autograd.grad(3 * loss, list(network.parameters())) for loss in (single, summed)]
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
-        assert network(batch.input_ids, batch.position_ids, batch.labels, **ask, summed=True) == summed
+        assert network(batch.input_ids, batch.position_ids, batch.labels, **ask, criterion=summed_nll) == (summed,)

@@ -76,6 +76,20 @@ def test_no_random_number_draws_the_impossible(uniform, settings):
     assert token in ({800, 6300} if settings[1] or settings[2] < 1 else {17, 800, 6300})
 
 
+@pytest.mark.parametrize("spread", [0.1, 6.0])  # of a model that knows nothing, and of one that knows
+def test_a_nucleus_found_among_few_is_that_of_all_tokens(spread, monkeypatch):
+    generator = torch.Generator().manual_seed(8)
+    logits = spread * torch.randn(64, 1000, generator=generator)
+    uniform = torch.rand(64, 1, generator=generator)
+    few = (logits / 0.7).softmax(-1).topk(import_module("model.generate").FEW).values.sum(-1) >= 0.9
+    assert bool(few.all()) == (spread > 1)  # both ways are taken
+    tokens = sample(logits, 0.7, 0, 0.9, uniform)
+    monkeypatch.setattr(import_module("model.generate"), "FEW", 1000)
+    again = sample(logits, 0.7, 0, 0.9, uniform)
+    # of two that are alike but for rounding, either may come first
+    torch.testing.assert_close(logits.gather(1, tokens), logits.gather(1, again), rtol=0, atol=1e-5)
+
+
 def test_texts_have_the_probabilities_the_model_gives_them(make_model):
     """Pearson's chi-square over all texts of two tokens, each row drawing by its own numbers."""
     model, rows = make_model(vocab_size=8), 4000

@@ -23,7 +23,7 @@ from scripts.benchmark_profile import GROUPS, OTHER
 from tests.conftest import TINY as TINY_SHAPE
 from tests.conftest import encoded
 from tests.helpers import TINY, make_data
-from training import DPO, STAGES, DPOConfig, NextToken
+from training import ALONE, DPO, DPOConfig, NextToken
 from training.distributed import World
 from training.engines import Machine
 from training.objectives import Output, answer_logps
@@ -62,12 +62,12 @@ def printed(folder: Path) -> str:
 # What is counted -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALONE)
 def test_an_updates_tokens_are_the_loaders_real_ones(folder: Path, stage: str) -> None:
     config = benchmark.configs(*parsed(folder))[stage]
     machine = Machine(World(), torch.device("cpu"), torch.float32)
     start, data = benchmark.load(config, machine)
-    objective = STAGES[stage].objective(config)
+    objective = ALONE[stage].objective(config)
     ours = benchmark.Ours(start, data, machine, objective)
     places = 0
     for step in range(3):
@@ -182,15 +182,15 @@ def test_the_json_has_every_part_and_both_sides_of_it(printed: str, folder: Path
     ].keys()
     lines = {line["name"]: line for line in told["lines"]}
     assert list(lines) == [
-        *STAGES,
+        *ALONE,
         *(f"decode {rows}, {how}" for rows in ("1 row", "32 rows") for how in ("greedy", "sampled")),
-        *(f"input {stage}, {what}" for stage in STAGES for what in ("collating", "tokenizing")),
+        *(f"input {stage}, {what}" for stage in ALONE for what in ("collating", "tokenizing")),
     ]
     for name, line in lines.items():
         for side in [line["ours"]] if "tokenizing" in name else [line["ours"], line["theirs"]]:
             assert side["low"] <= side["per_second"] <= side["high"]
             assert all(number > 0 for number in (*side["seconds"], *side["tokens"]))
-            assert (side["own_share"] is not None) == (name in STAGES) == (side["square_share"] is not None)
+            assert (side["own_share"] is not None) == (name in ALONE) == (side["square_share"] is not None)
     assert lines["dpo"]["weighed"] == "pairs" and lines["dpo"]["theirs"]["weight_per_second"] > 0
     assert lines["decode 32 rows, greedy"]["ours"]["tokens"] == [32 * 4]
     assert lines["decode 32 rows, sampled"]["theirs"]["tokens"] == [32 * 4]
@@ -204,14 +204,14 @@ def test_the_markdown_table_has_the_lines_of_the_other(printed: str) -> None:
 
 
 def test_a_profile_leaves_a_trace_and_finds_the_products(printed: str, folder: Path) -> None:
-    for stage in STAGES:
+    for stage in ALONE:
         for side in ("ours", "theirs"):
             events = json.loads((folder / f"traces/{stage}_{side}.json").read_text())["traceEvents"]
             assert any(event["name"] == "aten::mm" for event in events)
             assert "aten::mm" in (folder / f"traces/{stage}_{side}.txt").read_text()
     for group in (*GROUPS, OTHER):
         cells = re.findall(rf"│ {group} +│ +([\d.,]+) ", printed)
-        assert len(cells) == len(STAGES)
+        assert len(cells) == len(ALONE)
         assert group == OTHER or all(float(cell.replace(",", "")) > 0 for cell in cells), group
 
 
@@ -251,7 +251,7 @@ def test_another_file_is_no_earlier_run(tmp_path: Path) -> None:
 def test_files_go_to_the_stages_that_read_their_rows(folder: Path) -> None:
     found = benchmark.configs(*parsed(folder))
     assert {name: [Path(path).name for path in config.data_path] for name, config in found.items()} == dict(
-        zip(STAGES, ([name] for name in FILES), strict=True)
+        zip(ALONE, ([name] for name in FILES), strict=True)
     )
     assert {config.init_from for config in found.values()} == {"none"}
 

@@ -17,7 +17,7 @@ from scripts.check_gpu_promises import attention_of
 from tests.helpers import PLAIN
 from tests.training.test_engine_spread import varlen
 from tests.training.test_waits import Operators, Python, Watch
-from training import STAGES
+from training import ALONE
 from training.engines.pytorch import Accumulating, PyTorchEngine
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_all_that_a_cpu_can_answer_is_right(here: None, flags: list[str], tmp_pa
     assert status == 0, printed
     answered = {name for name, each in found.items() if each["status"] == OK}
     assert answered == {
-        *(f"parity: {stage}, {name}" for stage in STAGES for name in ("float32", "bfloat16", "float16")),
+        *(f"parity: {stage}, {name}" for stage in ALONE for name in ("float32", "bfloat16", "float16")),
         *(f"engines: {name} x1" for name in ("single", "ddp", "fsdp")),
         *("decoding: greedy", "decoding: 1 row", "decoding: 32 rows", "memory: held"),
     }
@@ -81,7 +81,7 @@ def test_a_wrong_gradient_fails_and_so_does_the_whole(
     monkeypatch.setattr(PyTorchEngine, "backward", wrong)
     file = tmp_path / "card.json"
     assert check_gpu.main([*PLAIN[:2], *flags, "--only", "parity", "--json", str(file)]) == 1
-    assert json.loads(file.read_text())["failed"] == [f"parity: {stage}, bfloat16" for stage in STAGES]
+    assert json.loads(file.read_text())["failed"] == [f"parity: {stage}, bfloat16" for stage in ALONE]
     printed = capsys.readouterr().out
     assert "FAILED" in printed.splitlines()[-1] and "do not train like this" in printed
 
@@ -122,7 +122,7 @@ def as_on_a_card() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALONE)
 def test_updates_wait_for_nothing_and_one_that_does_is_named(
     flags: list[str], stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

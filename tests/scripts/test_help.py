@@ -6,7 +6,7 @@ import pytest
 
 import eval_model
 from scripts import benchmark, memory, train_tokenizer
-from training import STAGES, PretrainConfig, load_config
+from training import ALONE, PretrainConfig, load_config
 from training.config import rules
 
 
@@ -19,7 +19,7 @@ def shown_by(capsys: pytest.CaptureFixture[str], *call) -> str:
 
 def test_help_of_the_benchmark_says_what_it_measures_and_where_a_stages_flags_are_listed(capsys):
     shown = " ".join(shown_by(capsys, benchmark.parse, ["--help"]).split())
-    assert f"of {', '.join(STAGES)}, decode, input" in shown and "real tokens a second" in shown
+    assert f"of {', '.join(ALONE)}, decode, input" in shown and "real tokens a second" in shown
     assert "--max_steps are the updates measured" in shown and "docs/flags.md" in shown
 
 

@@ -34,6 +34,7 @@ class Documents:
     total_rows: int = 6
     rows_per_update: int = 2
     ahead: bool = False
+    beside: None = None
     tokens_per_row: float = 3.5
     open_prompts: list[list[int]] = field(default_factory=list)
     events: list = field(default_factory=list)

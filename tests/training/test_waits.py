@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.batch import Batch
-from tests.helpers import PLAIN, ROOT, TINY, make_data, train_here
+from tests.helpers import PLAIN, ROOT, TINY, make_data, make_teacher, train_here
 from training import NextToken, PretrainConfig, distributed
 from training.distributed import World
 from training.engines import Machine
@@ -41,6 +41,7 @@ BESIDE = {
     "Saver.save",
     "Saver.advance",
     "Run.end",
+    "Teacher.load",
     "Upcoming.make",
 }
 
@@ -109,6 +110,7 @@ class Operators(TorchDispatchMode):
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("waits")
     make_data(folder, rows=24)
+    make_teacher(folder / "teacher")
     return folder
 
 
@@ -132,8 +134,9 @@ RUNS = {
     "full_sft, ddp, float16": ["--dtype", "float16", "--engine", "ddp"],
     "dpo, muon": ["--optimizer", "muon", "--grad_clip", 0],
     "pretrain, fsdp, muon": ["--engine", "fsdp", "--optimizer", "muon"],
+    "distill, bfloat16": ["--dtype", "bfloat16", "--distill_loss", "jsd", "--ce_weight", 0.5],
 }
-DATA = {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl", "dpo": "dpo.jsonl"}
+DATA = {"pretrain": "pretrain.jsonl", "full_sft": "sft.jsonl", "dpo": "dpo.jsonl", "distill": "sft.jsonl"}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -144,8 +147,9 @@ def test_an_update_waits_for_nothing_and_its_numbers_are_read_once_the_next_is_q
     files = ["--data_path", base / DATA[stage], "--cache_dir", base / "cache", "--out_dir", tmp_path]
     model = ["--init_from", "none", "--dim", 32, *TINY, *PLAIN]
     steps = ["--batch_size", 1, "--accumulation_steps", 2, "--max_steps", 4, "--val_fraction", 0, "--log_interval", 9]
+    asked = ["--teacher", base / "teacher"] if stage == "distill" else []
     with Python(watch.note), Operators(watch.note):
-        train_here(stage, *files, *model, *steps, "--eval_answers", 0, *RUNS[name])
+        train_here(stage, *files, *model, *steps, "--eval_answers", 0, *asked, *RUNS[name])
     assert set(watch.waits) == set()
     # the norm and the sums of each update; those of the last are waited for, since a line is due
     assert watch.queued == 4 and watch.reads == [2, 2, 3, 3, 4, 4]

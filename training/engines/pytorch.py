@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dataset.batch import Batch, PairBatch
 from model import GPT
 from model.attention import Layout
+from model.gpt import nll_by_place
 from training import distributed
 from training.config import Config
 from training.engines import torch_files
@@ -82,11 +83,11 @@ class Accumulating:
 
     def ask(self, batch: Batch, objective: Objective[Any] | None = None) -> Output:
         """The one place where a batch meets the network. Without an objective it is asked for the single places."""
-        summed = objective is not None and objective.summed
+        criterion = nll_by_place if objective is None else objective.criterion
         return Output(
-            self.network(
+            *self.network(
                 batch.input_ids, batch.position_ids, batch.labels,
-                layout=layout_of(batch), learnt=batch.learnt, summed=summed,
+                layout=layout_of(batch), learnt=batch.learnt, criterion=partial(criterion, batch=batch),
             )
         )  # fmt: skip
 
