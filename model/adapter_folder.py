@@ -51,6 +51,8 @@ def peft_name(name: str, theirs: Mapping[str, str]) -> str:
 def settings_of(folder: str | Path) -> Settings:
     """The contents of adapter_config.json."""
     path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG} here, so this is no adapter")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -171,6 +171,8 @@ def test_folders_that_cannot_be_opened_say_why(make_model, tmp_path):
     save_adapter(model.adapter, learnt(model), tmp_path)
     config = tmp_path / "adapter_config.json"
     settings = json.loads(config.read_text())
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config.json here, so this is no adapter"):
+        load_adapter(tmp_path / "elsewhere", model.config)
     with pytest.raises(FileNotFoundError, match="stands on 'gone/base', which is no model folder here"):
         load_pretrained(tmp_path)
     for change, said in (

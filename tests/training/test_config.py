@@ -276,6 +276,7 @@ READ_BY = {  # flags that are read beside others only
     "orpo_lambda": {"loss_type": "orpo"},
     "desirable_weight": {"loss_type": "kto"},
     "undesirable_weight": {"loss_type": "kto"},
+    "bottleneck_size": {"adapter": "bottleneck"},
 } | {name: {"adapter": "lora"} for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")}
 READ_BY["bottleneck_size"] = {"adapter": "bottleneck"}
 
