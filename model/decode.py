@@ -84,6 +84,10 @@ class CachedGPT:
         with torch.inference_mode():
             self.positions = torch.tensor(self.lengths, device=self.device)  # of the tokens that come next
             self.ids = torch.zeros_like(self.positions)
+            # the first place of each row's heads in a layer's cache, keys' and then values', (rows, 2 * kv_heads)
+            _, sides, most, kv_heads, _, _ = self.cache.shape
+            heads = torch.arange(sides * most * kv_heads, device=self.device).view(sides, most, kv_heads)
+            self.first = heads[:, : len(self.lengths)].transpose(0, 1).flatten(1) * self.capacity
         self.logits = torch.empty(0)
         self.replay: Callable[[], None] | None = None
 
@@ -128,13 +132,9 @@ class CachedGPT:
         window = self.capacity if self.static else min(self.capacity, -(-used // WINDOW) * WINDOW)
         unseen = torch.arange(window, device=self.device) > self.positions[:, None]
         mask = torch.zeros(rows, window, device=self.device, dtype=self.cache_dtype).masked_fill_(unseen, -torch.inf)
-        mask = mask[:, None, None].repeat(1, self.cache.shape[3], 1, 1)
-        # where in a layer's cache, as a list of heads at a place, each row's new keys and values go: (rows, 2 * heads)
-        _, sides, most, kv_heads, _, _ = self.cache.shape
-        heads = torch.arange(sides, device=self.device)[:, None] * (most * kv_heads)
-        heads = (heads + torch.arange(kv_heads, device=self.device)).flatten()
-        first = torch.arange(rows, device=self.device) * kv_heads
-        places = ((first[:, None] + heads) * self.capacity + self.positions[:, None]).flatten()
+        kv_heads = self.cache.shape[3]
+        mask = mask[:, None, None].repeat(1, kv_heads, 1, 1)
+        places = (self.first + self.positions[:, None]).flatten()  # of the new keys and values
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             new = torch.cat((k, v), 1).view(-1, self.head_dim).to(self.cache_dtype)
