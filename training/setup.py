@@ -175,7 +175,7 @@ def starting_teacher(start: Start[DistillConfig], machine: Machine) -> Teacher:
     shape, student = load_model_config(folder), f"the student {config.init_from or ''}"
     if config.init_from == "none":
         student = f"the student (random weights, tokenizer {start.tokenizer.folder})"
-    problem = other_vocabulary(load_tokenizer(folder), start.tokenizer)
+    problem = other_vocabulary(load_tokenizer(tokenizer_folder(folder)), start.tokenizer)
     if not problem and shape.vocab_size != start.model.config.vocab_size:
         problem = f"{shape.vocab_size:,} rows of its embedding, and {start.model.config.vocab_size:,}"
     if problem:

@@ -150,6 +150,47 @@ def test_the_next_stage_goes_on_with_the_adapter_on_the_same_base(base):
     assert abs(records[0]["drift"]) < 1e-4 < abs(records[-1]["drift"])
 
 
+AT_FIRST = {"kto": 0.5, "ipo": 25.0, "simpo": None, "orpo": None}  # loss of a model that is its own reference, beta 0.1
+
+
+@pytest.mark.parametrize("start", ["start/full_sft_32", "out/full_sft_32"], ids=["a new adapter", "one that goes on"])
+def test_whatever_the_preference_loss_its_reference_is_the_model_before(base, tmp_path, start):
+    """The same whether all weights are learnt or an adapter; where a loss has no reference, none is computed."""
+    for loss, expected in AT_FIRST.items():
+        seen = {}
+        for adapter in ([], ["--adapter", "lora"]):
+            cache = tmp_path / f"{loss} {len(adapter)}"
+            flags = [*stage_flags(base, "dpo", tmp_path), "--init_from", base / start, "--cache_dir", cache, *adapter]
+            name = f"{loss}_{len(adapter)}"
+            steps = ["--max_steps", 3, "--batch_size", 4, "--learning_rate", 1e-2, "--run_name", name]
+            train_here("dpo", *flags, *steps, "--loss_type", loss)
+            seen[len(adapter)] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+            assert bool(list(cache.glob("reference-*"))) == (expected is not None)
+        full, adapted = seen.values()
+        assert adapted[0]["loss"] == pytest.approx(expected or full[0]["loss"], rel=1e-4)
+        assert abs(adapted[-1]["chosen_reward"] - adapted[0]["chosen_reward"]) > 1e-3
+        assert ("drift" in adapted[0]) == (expected is not None) and abs(adapted[0].get("drift", 0)) < 1e-4
+
+
+def test_an_adapter_learns_from_a_teacher_which_may_be_an_adapter(base, tmp_path):
+    steps = ["--max_steps", 4, "--batch_size", 4, "--learning_rate", 1e-2]
+    flags = [*stage_flags(base, "distill", tmp_path), *steps]
+    whole = tmp_path / "whole"
+    assert convert.main(["merge", str(base / "out/full_sft_32"), "--into", str(whole)]) == 0
+    first = {}
+    for name, teacher, own in [
+        ("all", base / "out/full_sft_32", []),
+        ("lora", base / "out/full_sft_32", LORA),
+        ("lora, merged teacher", whole, LORA),
+    ]:
+        train_here("distill", *flags, *own, "--teacher", teacher, "--run_name", name)
+        first[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+    assert first["lora"][0] == pytest.approx(first["all"][0], rel=1e-5)  # an adapter changes nothing at first
+    assert first["lora"] == pytest.approx(first["lora, merged teacher"], rel=1e-5)
+    assert first["lora"][-1] < first["lora"][0]
+    assert {path.name for path in (tmp_path / "lora").glob("*.safetensors")} == {"adapter_model.safetensors"}
+
+
 def test_a_flag_may_not_contradict_the_adapter_that_is_there(base, tokenizer):
     start = base / "out/full_sft_32"
     shape = load_pretrained(start).config
