@@ -63,8 +63,11 @@ class Rows(Protocol):
     """Packed rows of one part of the data."""
 
     encoded: Encoded
-    packing: Packing | None  # None where nothing is packed
     fingerprint: str  # of the data and of how it stands in rows
+
+    @property
+    def packing(self) -> Packing | None:
+        """None where nothing is packed."""
 
     @property
     def beside(self) -> "Rows | None":
@@ -429,6 +432,12 @@ class Loader:
     @property
     def rows_per_epoch(self) -> int:
         return len(self.rows)
+
+    @property
+    def capacity(self) -> int:
+        """Places of a packed row."""
+        assert self.rows.packing is not None
+        return self.rows.packing.capacity
 
     @property
     def tokens_per_row(self) -> float:

@@ -17,7 +17,7 @@ r(y) = beta * (log pi(y|x) - log ref(y|x)) the implicit reward, and |y| the toke
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import log, log1p
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -287,12 +287,15 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def own_flags(loss_type: str, losses: Mapping[str, type] = LOSSES) -> dict[str, float]:
+Losses = Mapping[str, type[Any]]  # of this file, or of another family (policy.py)
+
+
+def own_flags(loss_type: str, losses: Losses = LOSSES) -> dict[str, float]:
     """The flags that a loss reads, with its defaults."""
     return {field.name: getattr(losses[loss_type], field.name) for field in fields(losses[loss_type])}
 
 
-def check_flags(loss_type: str, given: Mapping[str, float | None], losses: Mapping[str, type] = LOSSES) -> None:
+def check_flags(loss_type: str, given: Mapping[str, float | None], losses: Losses = LOSSES) -> None:
     """Raise ValueError for a flag that was given and that the loss does not read."""
     for name, value in given.items():
         if value is not None and name not in own_flags(loss_type, losses):

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -196,7 +196,7 @@ class Judging:
 
     reward: Reward
     pass_reward: float  # an answer of that much or more passes
-    scale_rewards: str = "none"
+    scale_rewards: Literal["none", "std"] = "none"
     overlong_buffer: int = 0  # tokens
     filter_groups: bool = False
 
