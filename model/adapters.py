@@ -359,7 +359,9 @@ def install(adapter: Adapter, network: nn.Module) -> None:
 @contextmanager
 def switched_off(network: N) -> Iterator[N]:
     """The network, and for as long as this lasts it says what it says without its adapter."""
-    adapted = {module: type(module) for module in network.modules() if isinstance(module, ADAPTED)}
+    adapted: dict[nn.Module, type[nn.Module]] = {
+        module: type(module) for module in network.modules() if isinstance(module, ADAPTED)
+    }
     for module in adapted:
         module.__class__ = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
     try:

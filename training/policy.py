@@ -50,7 +50,13 @@ def group_advantages(rewards: "Tensor", scale: Literal["none", "std"] = "none") 
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     centred = centred * (rewards != rewards[:, :1]).any(1, keepdim=True)
-    return centred if scale == "none" else centred / (rewards.std(1, keepdim=True) + 1e-4)
+    return centred if scale == "none" else centred / (deviation(rewards)[:, None] + 1e-4)
+
+
+def deviation(rewards: "Tensor") -> "Tensor":
+    """Standard deviation of a sample, of each group: (groups, answers) -> (groups,)."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return (centred.square().sum(1) / (rewards.shape[1] - 1)).sqrt()
 
 
 def overlong_penalty(length: int, most: int, buffer: int) -> float:
@@ -93,7 +99,7 @@ class PolicyLoss:
 
     def share(self, tokens: Tokens) -> "Tensor | float":
         """What a token's loss counts."""
-        return 1 / tokens.lengths[tokens.answer] if self.per_answer else 1.0
+        return 1 / tokens.lengths[tokens.answer].to(tokens.logps.dtype) if self.per_answer else 1.0
 
     def weight(self, tokens: int, answers: int, most: int) -> int:
         """What the sum over an update's tokens is divided by; `most` is the longest an answer may be."""

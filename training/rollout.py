@@ -35,7 +35,7 @@ from model.draw import Drawn, draw
 from model.folder import assemble
 from model.gpt import nll_by_place
 from training.engines.contract import Engine
-from training.policy import group_advantages, overlong_penalty
+from training.policy import deviation, group_advantages, overlong_penalty
 from training.setup import Data, Start
 from training.stages import GRPOConfig
 
@@ -114,7 +114,8 @@ def answer_of(drawn: Drawn, tokenizer: TextTokenizer) -> Answer:
 def lay_groups(groups: Sequence[Group], pad_id: int) -> dict[str, Any]:
     """What every batch of groups holds (BranchedBatch): one row, in which each prompt stands once, its first answer
     behind it, then the others, from the prompt's last token on. No place is padding, unless there are no groups."""
-    runs, firsts, leaders, drawn = [], [], [], []
+    runs: list[np.ndarray] = []
+    firsts, leaders, drawn = [], [], []
     for group in groups:
         leader, shared = len(runs), len(group.prompt) - 1
         for i, answer in enumerate(group.answers):
@@ -148,18 +149,8 @@ class Rollouts:
     def __init__(self, loader: Loader, engine: Engine, tokenizer: TextTokenizer, how: Sampling):
         assert isinstance(loader.rows, PromptRows)
         self.loader, self.rows, self.engine, self.tokenizer, self.how = loader, loader.rows, engine, tokenizer, how
-
-    @property
-    def rows_per_update(self) -> int:
-        return self.loader.rows_per_update
-
-    @property
-    def total_rows(self) -> int:
-        return self.loader.total_rows
-
-    @property
-    def rows_per_epoch(self) -> int:
-        return self.loader.rows_per_epoch
+        self.rows_per_update, self.total_rows = loader.rows_per_update, loader.total_rows  # prompts
+        self.rows_per_epoch = loader.rows_per_epoch
 
     def prompts(self, limit: int) -> list[list[int]]:
         return self.rows.prompts(limit)
@@ -248,7 +239,7 @@ class Judged(Rollouts):
             len(answers),
             len(groups),
             float(rewards.sum()),
-            float(rewards.std(1).sum()),
+            float(deviation(rewards).sum()),
             float((rewards == rewards[:, :1]).all(1).sum()),
             sum(len({tuple(answer.ids) for answer in group.answers}) for group in groups),
             sum(len(answer.logps) for answer in answers),

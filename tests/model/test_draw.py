@@ -6,7 +6,7 @@ import torch
 from model.draw import Drawn, draw
 
 PROMPTS = [[5, 9, 2, 40, 7, 11, 30], [3], [60, 1, 4]]
-STOP = [7, 21]
+STOP = list(range(0, 97, 12))
 
 
 def uniforms(rows: int, steps: int = 12) -> torch.Tensor:

@@ -94,7 +94,7 @@ def learnt(name: str, answers=ANSWERS, **flags) -> tuple[float, torch.Tensor, di
     (loss / weight).backward()
     assert now.grad is not None and set(sums) == set(objective.names)
     logged = objective.metrics({name: float(value) for name, value in sums.items()}, weight)
-    return float(loss) / weight, now.grad, logged
+    return float(loss.detach()) / weight, now.grad, logged
 
 
 @pytest.mark.parametrize("name", PAPERS)
