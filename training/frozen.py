@@ -40,6 +40,7 @@ class FrozenOutputs:
     def of(self, loader: Loader, engine: Engine, config: Config) -> Tables:
         """The tables, after asking about the rows of this run that nobody asked about before."""
         rows = loader.rows
+        assert rows.packing is not None  # they are packed, not made as training goes
         made_of = f"{self.made_of} {rows.encoded.fingerprint} {rows.packing.capacity}"
         path = Path(config.cache_dir) / f"{self.name}-{xxhash.xxh3_64_hexdigest(made_of.encode())}.pt"
         # every rank reads its own copy; where one has none, none is used, so that all have the same work left
