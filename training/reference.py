@@ -7,6 +7,7 @@ It is two more columns of the batch, chosen and rejected, so that the loss is a 
 model is held. Pairs that the run does not come to are left out (they are not a number) until another run does.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -22,6 +23,7 @@ from dataset import Loader
 from dataset.batch import PairBatch
 from dataset.loader import EMPTY_ROW, ENDLESS, PairRows, fitting
 from dataset.progress import Progress
+from model.adapter_folder import is_adapter
 from training import checkpoint
 from training.config import Config
 from training.engines.contract import Engine
@@ -42,8 +44,8 @@ def prepare_reference(loader: Loader, objective: DPO, engine: Engine, config: Co
 
 
 def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: str) -> None:
-    """Log-probabilities of the answers that a run will see, under the model as it stands: the starting model, of
-    weights with this hash.
+    """Log-probabilities of the answers that a run will see, under the starting model, whose weights have this hash: the
+    model as it stands, where a new adapter says nothing yet, and without a prefix, which cannot say nothing.
 
     All ranks share the work. The cache is keyed by the model (weights and config), the data, the precision (in which
     engines differ where it is not float32) and the version of this code.
@@ -64,7 +66,9 @@ def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: s
     rows.reference = known
     if not wanted:
         return
-    compute_reference(rows, wanted, engine, fitting(LARGER * config.batch_size, len(wanted), engine.world.data_size))
+    batch_size = fitting(LARGER * config.batch_size, len(wanted), engine.world.data_size)
+    with contextlib.nullcontext() if is_adapter(config.init_from or "none") else engine.model.without_prefix():
+        compute_reference(rows, wanted, engine, batch_size)
     if engine.world.rank == 0:
         write(torch.from_numpy(rows.reference), path)
 

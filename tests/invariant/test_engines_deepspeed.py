@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.invariant.engines import STAGES, same_as_alone, train_all, train_alone
+from tests.invariant.engines import OTHERS, STAGES, same_as_alone, train_all, train_alone
 
 # stage 3 first: it must not live on what another stage has set up in the same process
 DEEPSPEED = {f"zero{stage}": ["--zero_stage", str(stage)] for stage in (3, 0, 1, 2)} | {
@@ -17,7 +17,8 @@ DEEPSPEED = {f"zero{stage}": ["--zero_stage", str(stage)] for stage in (3, 0, 1,
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
     train_alone(folder)
-    train_all(folder, DEEPSPEED, ranks=2, deepspeed=True)
+    more = [(run, "zero3", DEEPSPEED["zero3"]) for run in OTHERS]
+    train_all(folder, DEEPSPEED, ranks=2, more=more, deepspeed=True)
     return folder
 
 
@@ -25,3 +26,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("engine", DEEPSPEED)
 def test_two_ranks_under_the_deepspeed_launcher(base: Path, engine: str, stage: str) -> None:
     same_as_alone(base, f"{engine} x2", stage)
+
+
+@pytest.mark.parametrize("run", OTHERS)
+def test_parameters_in_parts_learn_other_adapters(base: Path, run: str) -> None:
+    same_as_alone(base, "zero3 x2", run)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import train_here
-from tests.invariant.engines import STAGES, run_of, same_as_alone, train_all, train_alone
+from tests.invariant.engines import OTHERS, STAGES, run_of, same_as_alone, train_all, train_alone
 
 TORCHRUN = {
     "ddp": ["--engine", "ddp"],
@@ -25,7 +25,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_alone(folder)
     stage, flags = run_of(folder, "distill", "top k", *TOP_K, "--batch_size", 8)
     train_here(stage, *flags)
-    train_all(folder, TORCHRUN, ranks=2, more=[("distill", "top k", [*TOP_K, "--cache_dir", f"{folder}/none yet"])])
+    more = [("distill", "top k", [*TOP_K, "--cache_dir", f"{folder}/none yet"])]
+    more += [(run, name, TORCHRUN[name]) for run in OTHERS for name in ("ddp", "fsdp")]
+    train_all(folder, TORCHRUN, ranks=2, more=more)
     train_all(folder, FOUR, ranks=4, nodes=2)
     return folder
 
@@ -34,6 +36,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("engine", TORCHRUN)
 def test_two_ranks(base: Path, engine: str, stage: str) -> None:
     same_as_alone(base, f"{engine} x2", stage)
+
+
+@pytest.mark.parametrize("run", OTHERS)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_ranks_learn_other_adapters(base: Path, engine: str, run: str) -> None:
+    same_as_alone(base, f"{engine} x2", run)
 
 
 @pytest.mark.parametrize("stage", STAGES)

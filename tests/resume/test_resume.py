@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import (
     LORA,
+    PREFIX,
     ROOT,
     command,
     environment,
@@ -49,8 +50,9 @@ def flags_of(base: Path, stage: str, out: Path) -> list:
         ("kto", []),
         ("distill", []),
         ("full_sft", [*LORA, "--lora_dropout", 0.1]),
+        ("dpo", PREFIX),
     ],
-    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "lora"],
+    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "lora", "prefix"],
 )
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     base: Path, tmp_path: Path, stage: str, flags: list, capfd: Any
