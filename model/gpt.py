@@ -13,7 +13,6 @@ padding (single-token documents of position 0) nothing special. Generation has a
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from enum import Enum
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -209,15 +208,6 @@ class GPT(nn.Module):
     def recompute_activations(self, wanted: bool) -> None:
         """Whether training keeps only what enters a block, and computes the rest again in the backward pass."""
         self.model.grad_checkpointing = wanted
-
-    @contextmanager
-    def without_prefix(self) -> Iterator[None]:
-        """For as long as this lasts, no place of a prefix is seen, and positions begin at 0."""
-        length, self.model.prefix_length = self.model.prefix_length, 0
-        try:
-            yield
-        finally:
-            self.model.prefix_length = length
 
     def compile_parts(self, backend: Any = "inductor") -> None:
         """torch.compile each block, all sharing one graph, and the loss of a chunk of tokens."""

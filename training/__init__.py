@@ -5,28 +5,30 @@ from typing import TYPE_CHECKING
 from dataset.later import later
 from training.command import run_stage
 from training.config import load_config
-from training.stages import DistillConfig, DPOConfig, PretrainConfig, SFTConfig
+from training.stages import DistillConfig, DPOConfig, GRPOConfig, PretrainConfig, SFTConfig
 
 if TYPE_CHECKING:
     from training.engines import build_engine
     from training.loop import train
-    from training.objectives import ALONE, DPO, STAGES, Distillation, NextToken
+    from training.objectives import ALONE, DPO, GRPO, STAGES, Distillation, NextToken
 else:  # they need torch, which takes a second to import; flags are checked without it
     __getattr__ = later(
         {
             "training.engines": ("build_engine",),
             "training.loop": ("train",),
-            "training.objectives": ("ALONE", "DPO", "STAGES", "Distillation", "NextToken"),
+            "training.objectives": ("ALONE", "DPO", "GRPO", "STAGES", "Distillation", "NextToken"),
         }
     )
 
 __all__ = [
     "ALONE",
     "DPO",
+    "GRPO",
     "STAGES",
     "DPOConfig",
     "DistillConfig",
     "Distillation",
+    "GRPOConfig",
     "NextToken",
     "PretrainConfig",
     "SFTConfig",

@@ -24,6 +24,7 @@ from dataset.batch import PairBatch
 from dataset.loader import EMPTY_ROW, ENDLESS, PairRows, fitting
 from dataset.progress import Progress
 from model.adapter_folder import is_adapter
+from model.adapters import switched_off
 from training import checkpoint
 from training.config import Config
 from training.engines.contract import Engine
@@ -45,7 +46,7 @@ def prepare_reference(loader: Loader, objective: DPO, engine: Engine, config: Co
 
 def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: str) -> None:
     """Log-probabilities of the answers that a run will see, under the starting model, whose weights have this hash: the
-    model as it stands, where a new adapter says nothing yet, and without a prefix, which cannot say nothing.
+    model as it stands, without an adapter that is new (a prefix would be heard at once).
 
     All ranks share the work. The cache is keyed by the model (weights and config), the data, the precision (in which
     engines differ where it is not float32) and the version of this code.
@@ -67,7 +68,8 @@ def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: s
     if not wanted:
         return
     batch_size = fitting(LARGER * config.batch_size, len(wanted), engine.world.data_size)
-    with contextlib.nullcontext() if is_adapter(config.init_from or "none") else engine.model.without_prefix():
+    goes_on = is_adapter(config.init_from or "none")
+    with contextlib.nullcontext() if goes_on else switched_off(engine.model):
         compute_reference(rows, wanted, engine, batch_size)
     if engine.world.rank == 0:
         write(torch.from_numpy(rows.reference), path)

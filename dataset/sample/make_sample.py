@@ -1,6 +1,6 @@
 """The sample data: a small valley told in English and Chinese, every seventh combination of it kept out of training.
 
-What flows through: fixed word tables and one seeded random generator -> six JSONL files. One drawn combination
+What flows through: fixed word tables and one seeded random generator -> eight JSONL files. One drawn combination
 (three, red, horse, hill) becomes, say, one line of `sft.jsonl`:
 
     {"conversations": [{"role": "user", "content": "Translate: three red horses on the hill"},
@@ -19,6 +19,9 @@ each of its words is there in other combinations. `questions.jsonl` asks about k
 The preference pairs are about manner: open prompts ("Tell me about the red horse.") are answered in SFT as often with a
 warm closing as with a curt one, of one length; in a pair the warm one is chosen. `dpo_heldout.jsonl` asks about the
 kept-out (colour, animal) pairs.
+
+Open prompts without an answer, `grpo.jsonl` and those about kept-out pairs in `grpo_heldout.jsonl`, are for a model to
+answer: evaluation/world.py judges what it says.
 
     python dataset/sample/make_sample.py [--out_dir dataset/sample]
 """
@@ -498,7 +501,7 @@ PAGES: tuple[tuple[Callable[[random.Random, str], str], int], ...] = (
     (page_story, 8),
 )
 
-# ---- the six files ---------------------------------------------------------------------------------------------------
+# ---- the eight files -------------------------------------------------------------------------------------------------
 
 
 def distinct(make: Callable[[], str], count: int, seen: set[str]) -> list[str]:
@@ -595,6 +598,11 @@ def make_preferences(rng: random.Random, rounds: int, held_out: bool) -> list[Ro
     return rows
 
 
+def make_prompts(held_out: bool) -> list[Row]:
+    """Open prompts without an answer, about every (colour, animal) that is, or is not, kept out."""
+    return [{"conversations": turns(prompt.question)} for prompt in open_prompts(held_out)]
+
+
 def make_reminders(rng: random.Random, count: int) -> list[Row]:
     """Pairs (right answer, the answer to another question of its kind).
 
@@ -636,11 +644,13 @@ def make_sample() -> dict[str, list[Row]]:
         "questions.jsonl": conversations(make_questions(rng("questions"), 40, True)),
         "dpo.jsonl": dpo,
         "dpo_heldout.jsonl": make_preferences(rng("dpo_heldout"), 4, True),
+        "grpo.jsonl": make_prompts(False),
+        "grpo_heldout.jsonl": make_prompts(True),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the six sample files; the same bytes on every run.")
+    parser = argparse.ArgumentParser(description="Write the eight sample files; the same bytes on every run.")
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent)
     out_dir = parser.parse_args().out_dir
     out_dir.mkdir(parents=True, exist_ok=True)

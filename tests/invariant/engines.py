@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file
@@ -11,9 +12,25 @@ from tests.helpers import BOTTLENECK, LORA, PREFIX, losses, metrics, stage_flags
 STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill", "dpo_lora")
 LORA_START = "full_sft_lora"  # whose adapter the last goes on with
 ADAPTERS = {"lora": LORA, "bottleneck": BOTTLENECK, "prefix": PREFIX}  # by the last word of a run's name
-OTHERS = ("full_sft_bottleneck", "dpo_prefix")  # for a few engines
-Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
+OTHERS = ("full_sft_bottleneck", "dpo_prefix")  # for the engines that say so
 STEPS = 12
+Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
+
+
+class Asked(NamedTuple):
+    """An engine's flags, and the stages that it is asked for in every run of the tests; a drill asks for the others."""
+
+    flags: list[str]
+    stages: tuple[str, ...] = STAGES
+
+
+Engines = dict[str, Asked]
+
+
+def meetings(engines: Engines, drill: bool = False) -> list[tuple[str, str]]:
+    """(engine, stage), of every run of the tests or of the drill."""
+    left = {name: [stage for stage in STAGES if stage not in asked.stages] for name, asked in engines.items()}
+    return [(name, stage) for name in engines for stage in (left[name] if drill else engines[name].stages)]
 
 
 def train_alone(folder: Path) -> None:
@@ -52,13 +69,11 @@ def adapter_of(run: str) -> tuple[str, list[str]]:
     return (stage, ADAPTERS[kind]) if kind in ADAPTERS else (run, [])
 
 
-def train_all(base: Path, engines: dict[str, list[str]], ranks: int, more: Runs = (), **how: object) -> None:
+def train_all(base: Path, engines: Engines, ranks: int, drill: bool = False, more: Runs = (), **how: object) -> None:
     """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four."""
     split = ["--batch_size", 4 // ranks, "--accumulation_steps", 2]
-    runs = [
-        run_of(base, stage, f"{name} x{ranks}", *split, *flags) for name, flags in engines.items() for stage in STAGES
-    ]
-    runs += [run_of(base, stage, f"{name} x{ranks}", *split, *flags) for stage, name, flags in more]
+    met = [(stage, engine, engines[engine].flags) for engine, stage in meetings(engines, drill)]
+    runs = [run_of(base, stage, f"{name} x{ranks}", *split, *flags) for stage, name, flags in [*met, *more]]
     train_many(base, runs, ranks, **how)
 
 

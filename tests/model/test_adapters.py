@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from model import GPT, generate, load_pretrained, save_pretrained
 from model.adapter_folder import base_folder, load_adapter, save_adapter, tokenizer_folder
-from model.adapters import LINEAR, Adapter, Bottleneck, LoRA, LoRALinear, Prefix, begun, merged
+from model.adapters import LINEAR, Adapter, Bottleneck, LoRA, LoRALinear, Prefix, begun, merged, switched_off
 from model.attention import Layout
 from model.folder import assemble, folder_weights, weights_hash
 from model.gpt import nll_by_place, summed_nll
@@ -244,7 +244,7 @@ def test_without_its_prefix_a_network_is_the_one_it_stands_on(make_model):
     model = prefixed(base)
     before = model(IDS)
     assert (before - base(IDS)).abs().max() > 0.1
-    with model.without_prefix():
+    with switched_off(model):
         assert torch.equal(model(IDS), base(IDS))
     assert torch.equal(model(IDS), before)
 

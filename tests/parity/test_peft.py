@@ -106,9 +106,10 @@ def test_our_prefix_opened_by_them(base, tmp_path):
         peft = PeftModel.from_pretrained(theirs(folder), tmp_path / "ours")
     assert not [warning for warning in told if "Unexpected" in str(warning.message)]  # a setting they do not know
     assert_same_logits(ours, peft, plain)
-    answer = generate(ours, [[5, 6, 7]], max_new_tokens=12, temperature=0.0)[0].ids
-    found = peft.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=False)
-    assert answer == found[0, 3:].tolist()
+    text = [5, 6, 7]
+    for _ in range(12):  # not their generate: with transformers 5 it loses the prefix
+        text.append(int(peft(torch.tensor([text])).logits[0, -1].argmax()))
+    assert generate(ours, [[5, 6, 7]], max_new_tokens=12, temperature=0.0)[0].ids == text[3:]
 
 
 def test_their_prefix_opened_by_us(base, tmp_path):
