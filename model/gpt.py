@@ -76,6 +76,8 @@ class RMSNormOnCPU(torch.autograd.Function):
 class Attention(nn.Module):
     """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
 
+    prefix: nn.Parameter | None  # (places, 2 * kv_heads * head_dim), an adapter's
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         assert config.head_dim is not None
@@ -89,6 +91,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.qk_norm = config.qk_norm
+        self.register_parameter("prefix", None)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, sequence, _ = x.shape
@@ -96,7 +99,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).view(batch, sequence, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(q, k, v, context).reshape(batch, sequence, -1))
+        return self.o_proj(attend(q, k, v, context, self.prefix).reshape(batch, sequence, -1))
 
 
 class MLP(nn.Module):
@@ -139,11 +142,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.grad_checkpointing = False
+        self.prefix_length = 0  # places that every document sees before its own, and positions begin behind
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None, layout: Layout | None) -> Tensor:
         x = self.embed_tokens(input_ids)
         dropout = self.config.dropout if self.training else 0.0
-        context = prepare(input_ids, position_ids, layout, self.config, computed_in(self.embed_tokens.weight), dropout)
+        dtype = computed_in(self.embed_tokens.weight)
+        context = prepare(input_ids, position_ids, layout, self.config, dtype, dropout, self.prefix_length)
         for block in self.layers:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)
@@ -176,6 +181,7 @@ class GPT(nn.Module):
             init_weight(name, parameter, roles[name], config)
         if adapter is not None:
             install(adapter, self)
+            self.model.prefix_length = adapter.prefix_length
 
     @property
     def head_weight(self) -> Tensor:

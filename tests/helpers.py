@@ -29,6 +29,8 @@ KTO = ["--loss_type", "kto", "--run_name", "kto_32"]  # a loss with an update's 
 ROLLOUTS = ["--group_size", "4", "--max_new_tokens", "12", "--eval_rows", "4"]
 # DoRA and the control tokens are part of it: more that must be right at once
 LORA = ["--adapter", "lora", "--lora_rank", "4", "--lora_dora", "--train_control_tokens"]
+BOTTLENECK = ["--adapter", "bottleneck", "--bottleneck_size", "3"]
+PREFIX = ["--adapter", "prefix", "--prefix_length", "3", "--train_control_tokens"]
 WORDS = (
     "the", "a", "red", "blue", "small", "old", "cat", "dog", "fox", "bird", "sees", "likes", "finds", "near", "under",
     "house", "tree", "river", "and", "then", "again", "猫", "狗", "看见", "喜欢", "红色", "房子",

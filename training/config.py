@@ -24,7 +24,7 @@ import yaml
 from training.names import flags_among, unknown_names
 
 SAMPLE = str(Path(__file__).parent.parent / "dataset" / "sample")
-KINDS = ("lora", "bottleneck")  # of adapters; model/adapters.py has their classes
+KINDS = ("lora", "bottleneck", "prefix")  # of adapters; model/adapters.py has their classes
 BEST = "best"  # the folder, within a run's, of the best model so far
 
 
@@ -135,10 +135,11 @@ class Config:
         0.0, "dropout in attention and residual branches", "model", at_least=0, below=1, resume="note"
     )
 
-    adapter: Literal["lora", "bottleneck"] | None = flag(
+    adapter: Literal["lora", "bottleneck", "prefix"] | None = flag(
         None,
         "learn a few new parameters instead of the model's own: lora (low-rank changes of linear layers), bottleneck "
-        "(two small layers behind attention and feed-forward)",
+        "(two small layers behind attention and feed-forward), prefix (keys and values that every layer's attention "
+        "sees before a document)",
         "adapter",
         resume="refuse",
     )
@@ -151,9 +152,10 @@ class Config:
     lora_dora: bool | None = adapter_flag("learn the lengths of the rows apart from their directions")
     lora_dropout: float = flag(0.0, "dropout of what enters A", "adapter", at_least=0, below=1, resume="note")
     bottleneck_size: int | None = adapter_flag("width of a bottleneck; by default 64", at_least=1)
+    prefix_length: int | None = adapter_flag("places of a prefix; by default 16", at_least=1)
     train_control_tokens: bool | None = adapter_flag(
         "learn the control tokens' rows of embedding and head too; by default where a chat is learnt from a pretrained "
-        "model, which has never seen them"
+        "model, which has never seen them, and never with prefix: PEFT opens no prefix that has them"
     )
 
     epochs: float = flag(1.0, "passes over the data", "optimization", above=0, resume="note")

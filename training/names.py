@@ -219,6 +219,7 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "use_dora": "--lora_dora",
     "lora_target_modules": "--lora_targets",
     "use_peft": "--adapter lora",
+    "num_virtual_tokens": "--prefix_length with --adapter prefix",
     "quantize": NOT_HERE + "weights are not quantized",
     "load_in_4bit": NOT_HERE + "weights are not quantized",
     "load_in_8bit": NOT_HERE + "weights are not quantized",

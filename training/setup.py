@@ -18,7 +18,7 @@ from dataset.records import one_line
 from dataset.tokenizer import HFTokenizer, TextTokenizer
 from model import GPT, GPTConfig
 from model.adapter_folder import is_adapter, tokenizer_folder
-from model.folder import folder_weights
+from model.folder import folder_weights, weights_hash
 from model.folder import load_config as load_model_config
 from model.gpt import fresh_weights
 from training import distributed
@@ -306,15 +306,6 @@ def print_table(parts: dict[str, Rows | None]) -> None:
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-def weights_hash(weights: Weights) -> str:
-    """Hash of all weights, by name."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in weights():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def run_identity(start: Start[Any], data: Data) -> dict[str, Any]:

@@ -277,8 +277,8 @@ READ_BY = {  # flags that are read beside others only
     "desirable_weight": {"loss_type": "kto"},
     "undesirable_weight": {"loss_type": "kto"},
     "bottleneck_size": {"adapter": "bottleneck"},
+    "prefix_length": {"adapter": "prefix"},
 } | {name: {"adapter": "lora"} for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")}
-READ_BY["bottleneck_size"] = {"adapter": "bottleneck"}
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
