@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dataset import Loader, Message, TextTokenizer
-from dataset.batch import BranchedBatch, RolloutBatch
+from dataset.batch import Batch, RolloutBatch
 from dataset.forms import Value
 from dataset.loader import EMPTY_ROW, PromptRows, branches, cumulative, lay_out, tensors
 from evaluation import Reward, Sample
@@ -112,7 +112,7 @@ def answer_of(drawn: Drawn, tokenizer: TextTokenizer) -> Answer:
 
 
 def lay_groups(groups: Sequence[Group], pad_id: int) -> dict[str, Any]:
-    """What every batch of groups holds (BranchedBatch): one row, in which each prompt stands once, its first answer
+    """What every batch of groups holds (Batch): one row, in which each prompt stands once, its first answer
     behind it, then the others, from the prompt's last token on. No place is padding, unless there are no groups."""
     runs: list[np.ndarray] = []
     firsts, leaders, drawn = [], [], []
@@ -155,7 +155,7 @@ class Rollouts:
     def prompts(self, limit: int) -> list[list[int]]:
         return self.rows.prompts(limit)
 
-    def update(self, position: int) -> list[BranchedBatch]:
+    def update(self, position: int) -> list[Batch]:
         """Every rank takes part, also one that has no prompt left."""
         with self.engine.generator() as network:
             return [self.batch(self.answered(here, network), network) for here in self.loader.positions(position)]
@@ -171,8 +171,8 @@ class Rollouts:
             for key, prompt, answers in zip(keys, prompts, groups, strict=True)
         ]
 
-    def batch(self, groups: list[Group], network: GPT) -> BranchedBatch:
-        return BranchedBatch(**lay_groups(groups, self.rows.pad_id))
+    def batch(self, groups: list[Group], network: GPT) -> Batch:
+        return Batch(**lay_groups(groups, self.rows.pad_id))
 
     def samples(self) -> tuple[str, str] | None:
         return None
@@ -255,9 +255,10 @@ class Judged(Rollouts):
         """What the starting model says of the drawn tokens, float32 (supervised,), nats."""
         engine, here = self.engine, batch.to(self.engine.device)
         autocast = torch.autocast(engine.device.type, dtype=engine.dtype, enabled=engine.dtype != torch.float32)
+        layout = Layout(here.cu_seqlens, here.longest, here.places, here.tokens)
         with self.as_it_began(network) as start, autocast:
             (nll,) = start(
-                here.input_ids, here.position_ids, here.labels, layout=Layout(*here.sequences()), learnt=here.learnt,
+                here.input_ids, here.position_ids, here.labels, layout=layout, learnt=here.learnt,
                 criterion=lambda places: nll_by_place(places._replace(hidden=places.hidden / self.how.temperature)),
             )  # fmt: skip
         return -nll.flatten()[here.learnt].cpu()

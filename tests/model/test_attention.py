@@ -190,7 +190,7 @@ def test_answers_behind_one_prompt_have_the_likelihood_they_have_alone(make_mode
         spread_weights(network)
     learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
     batch, columns = pairs()
-    layout = Layout(*batch.sequences()) if fast else None
+    layout = Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens) if fast else None
     nll = network(batch.input_ids, batch.position_ids, batch.labels, layout=layout)
     alone = []
     for i in batch.pair_ids:
@@ -208,7 +208,7 @@ def test_the_sum_of_losses_has_the_gradient_of_the_single_ones(make_model, monke
     monkeypatch.setitem(model.gpt.LOSS_BYTES, "cpu", 4 * 97 * 7)  # several chunks and a rest
     network = make_model()
     batch, _ = pairs()
-    ask = {"layout": Layout(*batch.sequences()), "learnt": batch.learnt}
+    ask = {"layout": Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens), "learnt": batch.learnt}
     single = network(batch.input_ids, batch.position_ids, batch.labels, **ask).sum()
     (summed,) = network(batch.input_ids, batch.position_ids, batch.labels, **ask, criterion=summed_nll)
     torch.testing.assert_close(summed, single, atol=1e-5, rtol=1e-6)

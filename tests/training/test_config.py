@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from tests.helpers import ROOT
-from training import STAGES, DPOConfig, PretrainConfig, SFTConfig, load_config
+from training import STAGES, DPOConfig, GRPOConfig, PretrainConfig, SFTConfig, load_config
 from training.config import BEST, SHAPE_FLAGS, Rule, rules, save_config, stage_of
 
 
@@ -250,9 +250,10 @@ def test_what_makes_another_run_is_refused_and_what_bends_it_is_noted(cls):
 def test_a_default_of_a_stage_keeps_the_rule_all_stages_have(cls):
     shared = rules(PretrainConfig)
     changed = {name for name, rule in rules(cls).items() if name in shared and rule != shared[name]}
-    assert changed == ({"batch_size"} if cls is DPOConfig else set())
-    if changed:  # it says more, and bounds the same
-        assert replace(rules(cls)["batch_size"], help="") == replace(shared["batch_size"], help="")
+    prompts = {"batch_size", "global_batch_size", "eval_rows", "sample_interval", "compile"}
+    assert changed == {DPOConfig: {"batch_size"}, GRPOConfig: prompts}.get(cls, set())
+    for name in changed:  # it says more, and bounds the same
+        assert replace(rules(cls)[name], help="") == replace(shared[name], help="")
 
 
 def edges(cls) -> list[tuple[str, float, bool]]:
