@@ -6,7 +6,7 @@ Nothing here needs torch, so that a command line is checked before anything is i
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from training.config import SAMPLE, ChatConfig, Config, flag
+from training.config import SAMPLE, ChatConfig, Config, flag, rules
 from training.preference import LOSSES, check_flags, own_flags
 
 
@@ -140,6 +140,27 @@ class DistillConfig(SFTConfig):
         "ask the teacher ahead of training for its so many likeliest tokens, and cache them: less work and memory in "
         "every pass, 8 bytes a token and place on disk (0: ask it in training for all)",
         "distillation",
+        at_least=0,
+        resume="refuse",
+    )
+
+
+@dataclass(kw_only=True)
+class RewardConfig(ChatConfig):
+    """A reward model: a score for every answer, learnt from pairs of answers."""
+
+    stage: ClassVar[str] = "reward"
+    previous: ClassVar[str | None] = "full_sft"
+    scores: ClassVar[bool] = True
+    data_path: list[str] = flag([f"{SAMPLE}/reward.jsonl"], like="data_path")
+    batch_size: int = flag(4, like="batch_size", text=rules(DPOConfig)["batch_size"].help)
+    learning_rate: float = flag(1e-4, like="learning_rate")
+    weight_decay: float = flag(0.0, like="weight_decay")
+    center_weight: float = flag(
+        0.01,
+        "how much of (score of chosen + score of rejected)^2 is added to a pair's loss, which keeps the mean of scores "
+        "near 0 (0: off)",
+        "reward model",
         at_least=0,
         resume="refuse",
     )

@@ -48,9 +48,10 @@ def flags_of(base: Path, stage: str, out: Path) -> list:
         ("dpo", []),
         ("kto", []),
         ("distill", []),
+        ("reward", []),
         ("full_sft", [*LORA, "--lora_dropout", 0.1]),
     ],
-    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "lora"],
+    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "reward", "lora"],
 )
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     base: Path, tmp_path: Path, stage: str, flags: list, capfd: Any
