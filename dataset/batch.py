@@ -47,6 +47,10 @@ class Batch:
             longest=labels.shape[1], learnt=learnt, row_ids=row_ids, real_tokens=real_tokens, supervised=len(learnt),
         )  # fmt: skip
 
+    def sequences(self) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+        """Where attention runs along: what model.attention.Layout holds."""
+        return self.cu_seqlens, self.longest, None, None
+
     def to(self, device: torch.device | str) -> Self:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
@@ -55,21 +59,31 @@ class Batch:
 
 
 @dataclass
-class PairBatch(Batch):
+class BranchedBatch(Batch):
+    """A micro-batch of answers that stand behind one prompt, which is computed once.
+
+    places: int64 (tokens,): the place of every token of the sequences, each of which is a prompt and one answer.
+    tokens: int64 (rows * sequence,): which of these tokens belongs to a place.
+    """
+
+    places: Tensor
+    tokens: Tensor
+
+    def sequences(self) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+        return self.cu_seqlens, self.longest, self.places, self.tokens
+
+
+@dataclass
+class PairBatch(BranchedBatch):
     """A micro-batch of preference pairs; both answers of a pair are always in it, behind one prompt. One of labelled
     answers is the same, with one answer in a pair.
 
-    places: int64 (tokens,): the place of every token of the sequences, of which a pair has two: prompt and chosen
-        answer, prompt and rejected answer.
-    tokens: int64 (rows * sequence,): which of these tokens belongs to a place.
     segment: int64 (rows, sequence): 2 * pair for places whose label belongs to the chosen answer, 2 * pair + 1 for
         the rejected one, -1 elsewhere; pairs are numbered within the batch.
     reference: float32 (pairs, 2), log-probability of chosen and rejected under the frozen starting model, nats; (pairs,
         0) for a loss without a reference.
     """
 
-    places: Tensor
-    tokens: Tensor
     segment: Tensor
     pair_ids: list[int]  # numbers of the pairs in the data
     n_answers: int  # two a pair, or one where it lacks one
@@ -78,3 +92,30 @@ class PairBatch(Batch):
     @property
     def n_pairs(self) -> int:
         return len(self.pair_ids)
+
+
+@dataclass
+class RolloutBatch(BranchedBatch):
+    """A micro-batch of answers that the model drew itself, in groups behind one prompt each. Its labels are the drawn
+    tokens; what a tool said between them is read only. Tensors are float32 (supervised,), one number a drawn token,
+    where nothing else is said.
+
+    advantages: how much better it was to draw this token than what was expected.
+    drawn_at: log-probability at which it was drawn, nats.
+    reference: its log-probability under the frozen starting model, nats.
+    answer: int64 (supervised,): the number of its answer within the batch.
+    lengths: int64 (answers,): drawn tokens of every answer.
+    tallies: float32 (n,): sums over the answers drawn, those that are not learnt among them; their names are known to
+        who drew them.
+    """
+
+    advantages: Tensor
+    drawn_at: Tensor
+    reference: Tensor
+    answer: Tensor
+    lengths: Tensor
+    tallies: Tensor
+
+    @property
+    def n_answers(self) -> int:
+        return len(self.lengths)

@@ -26,3 +26,4 @@ class Encoded:
     columns: pa.Table
     report: Report
     fingerprint: str
+    paths: list[str] = field(default_factory=list)  # that the column `file` counts

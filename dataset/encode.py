@@ -84,7 +84,7 @@ def encode_parts(
     encoded = {}
     for part in rules.parts:
         report = Report(**saved[part] | {name: Counter(saved[part][name]) for name in ("dropped", "cut")})
-        encoded[part] = Encoded(open_columns(folder / f"{part}.arrow"), report, f"{key}-{part}")
+        encoded[part] = Encoded(open_columns(folder / f"{part}.arrow"), report, f"{key}-{part}", paths)
     return encoded
 
 

@@ -169,7 +169,7 @@ class PromptForm(ConversationForm):
     expected = '{"conversations": [{"role": "user", "content": "..."}]}, with an "answer" or "gt" where there is one'
     too_long = "dropped"
     other_columns: ClassVar[dict[str, pa.DataType]] = {"row": pa.string()}
-    rows = ""  # nothing packs them: a rollout reads the columns themselves
+    rows = "PromptRows"
 
     def check(self, row: Value) -> Value:
         """The row without its last turn where that is the assistant's. "answer" becomes a list: of the row's own

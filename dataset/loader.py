@@ -12,6 +12,7 @@ memory-mapped Arrow files; nothing is read before a batch asks for it.
 """
 
 import copy
+import json
 import sys
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from dataset.batch import IGNORE, Batch, PairBatch
 from dataset.columns import Encoded
+from dataset.forms import Value
 from dataset.pack import Packing, pack
 
 EMPTY_ROW = -1
@@ -61,8 +63,11 @@ class Rows(Protocol):
     """Packed rows of one part of the data."""
 
     encoded: Encoded
-    packing: Packing
     fingerprint: str  # of the data and of how it stands in rows
+
+    @property
+    def packing(self) -> Packing | None:
+        """None where nothing is packed."""
 
     @property
     def beside(self) -> "Rows | None":
@@ -185,9 +190,7 @@ class PairRows:
         learnt = self.learnt(laid, np.repeat(shared, 2)[run])
         segment = np.full(shape, -1)
         segment.flat[laid.places[learnt]] = run[learnt]
-        places, lengths = two_ways(laid, shared, shape)
-        tokens = np.empty(shape[0] * shape[1], dtype=np.int64)
-        tokens[places[::-1]] = np.arange(len(places))[::-1]  # of several, the first
+        places, lengths, tokens = branches(laid, firsts, np.repeat(np.arange(len(pairs)) * 2, 2), shape)
         return PairBatch(
             **tensors(laid, learnt, shape, self.pad_id),
             cu_seqlens=cumulative(lengths.cumsum(), shape[0] * (2 * self.most_pieces + 1)),
@@ -272,6 +275,41 @@ class WithLabel:
         return np.append(ids, ids.dtype.type(self.token))
 
 
+class PromptRows:
+    """Prompts, each a row; what is learnt are answers to them (training/rollout.py)."""
+
+    packing: Packing | None = None
+    beside: Rows | None = None
+
+    def __init__(self, encoded: Encoded, max_seq_len: int, pad_id: int):
+        self.encoded, self.fingerprint, self.pad_id = encoded, encoded.fingerprint, pad_id
+        self.tokens = Column(encoded.columns, "ids")
+
+    def __len__(self) -> int:
+        return len(self.encoded.columns)
+
+    def ids(self, i: int) -> list[int]:
+        """Rendered, up to where an answer begins."""
+        return self.tokens[i].tolist()
+
+    def row(self, i: int) -> Value:
+        """As its form writes it."""
+        row: Value = json.loads(self.encoded.columns["row"][i].as_py())
+        return row
+
+    def where(self, i: int) -> str:
+        """path:line."""
+        file, line = (self.encoded.columns[name][i].as_py() for name in ("file", "line"))
+        return f"{self.encoded.paths[file]}:{line}"
+
+    def prompts(self, limit: int) -> list[list[int]]:
+        all_of_them = (tuple(self.ids(i)) for i in range(len(self)))
+        return [list(ids) for ids in islice(dict.fromkeys(all_of_them), limit)]
+
+    def collate(self, row_ids: list[int]) -> Batch:
+        raise AssertionError("a prompt alone teaches nothing; a rollout answers it")
+
+
 class Laid(NamedTuple):
     """Runs of tokens laid into rows, one after another; arrays are int64, (tokens,) where nothing else is said."""
 
@@ -322,21 +360,25 @@ def tensors(laid: Laid, learnt: np.ndarray, shape: tuple[int, int], pad_id: int)
     }
 
 
-def two_ways(laid: Laid, shared: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The places of the sequences of pairs, end to end, and the sequences' lengths: of every pair prompt and chosen
-    answer, then prompt and rejected answer; of every row what is left.
+def branches(
+    laid: Laid, firsts: np.ndarray, leaders: np.ndarray, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The places of all sequences, end to end; the sequences' lengths; and which of these tokens belongs to a place,
+    int64 (rows * sequence,): of several the first.
 
-    shared: (pairs,) places of each that belong to both.
+    A sequence is a run with as much of the beginning of another, its leader, as stands before it; of every row what is
+    left is one too. firsts: as in `lay_out`, 0 for a leader; leaders: (runs,) the number of each one's.
     """
     runs = np.split(laid.places, laid.lengths.cumsum()[:-1]) if len(laid.lengths) else []
     sequences = []
-    for chosen, rejected, both in zip(runs[::2], runs[1::2], shared.tolist(), strict=True):
-        sequences += [chosen, chosen[:both], rejected]
-    lengths = laid.lengths.copy()
-    lengths[1::2] += shared
+    for run, leader, first in zip(runs, leaders.tolist(), firsts.tolist(), strict=True):
+        sequences += [runs[leader][:first], run]
     padding = np.delete(np.arange(shape[0] * shape[1]), laid.places)
     left = np.bincount(padding // shape[1], minlength=shape[0])
-    return np.concatenate([*sequences, padding]), np.concatenate([lengths, left])
+    places = np.concatenate([*sequences, padding])
+    tokens = np.empty(shape[0] * shape[1], dtype=np.int64)
+    tokens[places[::-1]] = np.arange(len(places))[::-1]
+    return places, np.concatenate([laid.lengths + firsts, left]), tokens
 
 
 def row_ends(shape: tuple[int, int]) -> np.ndarray:
@@ -412,6 +454,7 @@ class Loader:
     rows_per_update: int = 0  # over all ranks; 0: batch_size * accumulation_steps * world_size
 
     ahead = True  # the next update may be asked for while this one is learnt
+    passes = 1  # how often an update is learnt from
 
     def __post_init__(self) -> None:
         together = self.batch_size * self.world_size
@@ -427,9 +470,16 @@ class Loader:
         return len(self.rows)
 
     @property
+    def capacity(self) -> int:
+        """Places of a packed row."""
+        assert self.rows.packing is not None
+        return self.rows.packing.capacity
+
+    @property
     def tokens_per_row(self) -> float:
-        """Real (non-padding) tokens of a row, on average."""
-        return self.rows.packing.capacity * self.rows.packing.efficiency
+        """Real (non-padding) tokens of a row, on average; 0 where nobody knows yet."""
+        packing = self.rows.packing
+        return 0.0 if packing is None else packing.capacity * packing.efficiency
 
     @cached_property
     def beside(self) -> "Loader | None":
@@ -438,6 +488,10 @@ class Loader:
 
     def prompts(self, limit: int) -> list[list[int]]:
         return self.rows.prompts(limit)
+
+    def samples(self) -> tuple[str, str] | None:
+        """Nothing of an update needs to be read by people; scripts/inspect_data.py shows rows."""
+        return None
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers of one epoch, (len(rows),)."""
@@ -460,13 +514,14 @@ class Loader:
 
     def update(self, position: int) -> list[Batch]:
         """This rank's micro-batches of the update whose first global row is `position`."""
-        batches = []
-        for micro in range(self.accumulation_steps):
-            first = (micro * self.world_size + self.rank) * self.batch_size
-            here = range(first, first + self.batch_size)
-            rows = [self.row_at(position + i) if i < self.rows_per_update else EMPTY_ROW for i in here]
-            batches.append(self.rows.collate(rows))
-        return batches
+        return [self.rows.collate([self.row_at(each) for each in here]) for here in self.positions(position)]
+
+    def positions(self, position: int) -> list[list[int]]:
+        """The same as positions of single rows, one that has no row (total_rows) where an update is over."""
+        together = self.batch_size * self.world_size
+        firsts = (micro * together + self.rank * self.batch_size for micro in range(self.accumulation_steps))
+        of_update = (range(first, first + self.batch_size) for first in firsts)
+        return [[position + i if i < self.rows_per_update else self.total_rows for i in here] for here in of_update]
 
 
 def describe(parts: dict[str, Rows | None]) -> tuple[list[str], list[list[str]], list[str]]:
@@ -487,7 +542,8 @@ def describe(parts: dict[str, Rows | None]) -> tuple[list[str], list[list[str]],
             report.supervised,
             len(rows),
         ]
-        lines.append([name, *(f"{count:,}" for count in counts), f"{rows.packing.efficiency:.1%}"])
+        filled = f"{rows.packing.efficiency:.1%}" if rows.packing else "-"
+        lines.append([name, *(f"{count:,}" for count in counts), filled])
         notes += [f"{name}: {count:,} rows dropped: {reason}" for reason, count in report.dropped.items()]
         left_out = report.cut.get("tokens left out", 0)
         notes += [

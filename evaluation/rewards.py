@@ -80,9 +80,7 @@ class Reward:
             raise ValueError(f"found the reward {min(twice)} twice; give it a weight of 2 instead")
         if wrong := [weight for weight in weights if not math.isfinite(weight)]:
             raise ValueError(f"found the weight {wrong[0]}, expected finite numbers")
-        short = [short_name(name) for name in names]
-        labels = [name if short.count(label) > 1 else label for name, label in zip(names, short, strict=True)]
-        self.names, self.labels, self.weights = list(names), labels, weights
+        self.names, self.labels, self.weights = list(names), labels_of(names), weights
         self.judges = [build(name, judges or {}) for name in names]
 
     def __call__(self, samples: Sequence[Sample]) -> Scores:
@@ -166,6 +164,12 @@ def is_file(name: str) -> bool:
 def short_name(name: str) -> str:
     """What a part is logged by: "length:200" -> "length", "my/rewards.py:polite" -> "polite"."""
     return name.rpartition(":")[2] if is_file(name) else name.partition(":")[0]
+
+
+def labels_of(names: Sequence[str]) -> list[str]:
+    """What the parts are logged by: short names, or whole ones where two would be the same."""
+    short = [short_name(name) for name in names]
+    return [name if short.count(label) > 1 else label for name, label in zip(names, short, strict=True)]
 
 
 def load_function(name: str) -> RewardFunction:

@@ -13,13 +13,15 @@ ADAPTERS.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+N = TypeVar("N", bound=nn.Module)
 Named = tuple[str, Tensor]  # of a parameter
 Settings = dict[str, Any]  # the contents of PEFT's adapter_config.json
 
@@ -340,6 +342,7 @@ def effective_weight(module: nn.Linear | nn.Embedding) -> Tensor:
 # All kinds ----------------------------------------------------------------------------------------------------------
 
 ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "bottleneck": Bottleneck}
+ADAPTED = (LoRALinear, BottleneckLinear, LearntRows)  # classes of modules that something stands beside
 
 
 def install(adapter: Adapter, network: nn.Module) -> None:
@@ -351,6 +354,21 @@ def install(adapter: Adapter, network: nn.Module) -> None:
             LearntRows.of(module, adapter.tokens)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in before)
+
+
+@contextmanager
+def switched_off(network: N) -> Iterator[N]:
+    """The network, and for as long as this lasts it says what it says without its adapter."""
+    adapted: dict[nn.Module, type[nn.Module]] = {
+        module: type(module) for module in network.modules() if isinstance(module, ADAPTED)
+    }
+    for module in adapted:
+        module.__class__ = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
+    try:
+        yield network
+    finally:
+        for module, kind in adapted.items():
+            module.__class__ = kind
 
 
 def begun(weights: Iterable[Named], adapter: Adapter, seed: int) -> Iterator[Named]:

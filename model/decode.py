@@ -5,6 +5,9 @@
     decoder.step(ids)          (2, vocabulary): what follows each prompt and its ids, one new token a row
     decoder.keep([1])          from here on the batch is its second row alone
 
+    decoder = CachedGPT(model, prompts, capacity=64, copies=8)
+    decoder.prefill(), decoder.repeat()    each prompt is read once, and from here on stands in eight rows
+
 It reads the weights of a `GPT` when it is made, and computes what `GPT.forward` would for the whole sequences; that
 forward pass is its plain twin. What is different, and why:
 
@@ -51,28 +54,37 @@ class CachedGPT:
         model: its weights are read now; changes made later may or may not be seen. Dropout is never applied.
         prompts: token ids, at least one each.
         capacity: most tokens a row may have; one that is full goes on, overwriting its last token.
+        copies: rows that `repeat` makes of every prompt.
         static: whether shapes stay the same from step to step. None: on a GPU.
     """
 
-    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], capacity: int, static: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        prompts: Sequence[Sequence[int]],
+        capacity: int,
+        static: bool | None = None,
+        copies: int = 1,
+    ) -> None:
         config, head = model.config, model.head_weight
         assert config.head_dim is not None
         self.model, self.prompts, self.capacity, self.head_dim = model, prompts, capacity, config.head_dim
+        self.copies, rows = copies, len(prompts) * copies
         self.device, self.dtype = head.device, head.dtype
         self.static = self.device.type == "cuda" if static is None else static
         onednn = onednn_fits(head)
         self.linear: Callable[[Tensor, Tensor], Tensor] = onednn_linear if onednn else F.linear
         # one row of float32 gains too little from another layout to pay for the copies
-        packed = onednn and (len(prompts) > 1 or self.dtype != torch.float32)
+        packed = onednn and (rows > 1 or self.dtype != torch.float32)
         with torch.inference_mode():
             self.blocks = cast(list[Block], model.blocks())
-            self.matrices = [matrices(block, len(prompts) if packed else 0) for block in self.blocks]
-            self.head = laid_out(head, len(prompts)) if packed else head
+            self.matrices = [matrices(block, rows if packed else 0) for block in self.blocks]
+            self.head = laid_out(head, rows) if packed else head
             self.embedding = effective_weight(model.model.embed_tokens)
             places = torch.arange(capacity, device=self.device)[None]
             self.cos, self.sin = (table[0, :, 0].to(self.dtype) for table in rotary(places, config))
             # a layer's keys, then its values
-            shape = (config.n_layers, 2, len(prompts), config.n_kv_heads, capacity, config.head_dim)
+            shape = (config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim)
             narrow = self.device.type == "cpu" and self.dtype.itemsize < 4
             self.cache_dtype = torch.float32 if narrow else self.dtype
             self.cache = torch.zeros(shape, device=self.device, dtype=self.cache_dtype)
@@ -108,8 +120,8 @@ class CachedGPT:
                 beside = keys.new_zeros(len(lengths), longest, *q.shape[1:])  # padded on the right, never looked at
                 beside[rows, positions] = q.to(self.cache_dtype)
                 out = F.scaled_dot_product_attention(
-                    beside.transpose(1, 2), keys[:, :, :longest], values[:, :, :longest], is_causal=True,
-                    enable_gqa=True,
+                    beside.transpose(1, 2), keys[: len(lengths), :, :longest], values[: len(lengths), :, :longest],
+                    is_causal=True, enable_gqa=True,
                 )  # fmt: skip
                 return out.transpose(1, 2)[rows, positions].to(self.dtype)
 
@@ -163,6 +175,15 @@ class CachedGPT:
             gate, up = self.linear(block.post_attention_layernorm(x), weights.gate_up).chunk(2, -1)
             x = x + behind(block.mlp.down_proj, self.linear(F.silu(gate).mul_(up), weights.down))
         return self.model.model.norm(x)
+
+    def repeat(self) -> None:
+        """Let every prompt stand in `copies` rows, one after another; logits of the prefill are as they were."""
+        rows, used = len(self.lengths), max(self.lengths)
+        with torch.inference_mode():
+            read = self.cache[:, :, :rows, :, :used].repeat_interleave(self.copies, 2)
+            self.cache[:, :, : rows * self.copies, :, :used] = read
+        self.lengths = [length for length in self.lengths for _ in range(self.copies)]
+        self.set_rows()
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all other rows; `rows` ascend."""

@@ -165,11 +165,17 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
         # dropped: tokens whose more likely neighbours already hold top_p; the first is always kept
         dropped = probabilities.cumsum(-1) - probabilities >= top_p
         probabilities = probabilities.masked_fill(dropped, 0)
+    drawn = where_passed(probabilities, uniform)
+    return drawn if candidates is None else candidates.gather(1, drawn)
+
+
+def where_passed(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Where the running sum of probabilities, which need not sum to 1, passes `uniform` of it: (batch, tokens),
+    (batch, 1) -> (batch, 1)."""
     running = probabilities.cumsum(-1)
     # a millionth below the sum, which rounding could reach otherwise: an impossible token would be drawn
     target = uniform * running[:, -1:] * (1 - 1e-6)
-    drawn = torch.searchsorted(running, target, right=True)
-    return drawn if candidates is None else candidates.gather(1, drawn)
+    return torch.searchsorted(running, target, right=True)
 
 
 def likeliest(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:

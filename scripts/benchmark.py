@@ -129,7 +129,7 @@ class Ours:
 
 
 def training_line(start: Start[Any], data: Data, machine: Machine, baseline: bool, profile: Path | None) -> report.Line:
-    config, shape, row = start.config, start.model.config, data.train.rows.packing.capacity
+    config, shape, row = start.config, start.model.config, data.train.capacity
     objective = ALONE[config.stage].objective(config)
     rates = Rates(products(start.model), data.train.batch_size * row, machine.device, machine.dtype)
     turns = Turns(machine.device, rates.measure)
@@ -230,7 +230,7 @@ def input_lines(start: Start[Any], data: Data, machine: Machine, baseline: bool)
     """Collating alone, in one process; and tokenizing, where the files are not large."""
     stage, loader, positions, cpu = start.config.stage, data.train, count(), torch.device("cpu")
     shape: dict[str, report.Fact] = {
-        "row": loader.rows.packing.capacity, "batch_size": loader.batch_size, "data": loader.rows.encoded.fingerprint
+        "row": loader.capacity, "batch_size": loader.batch_size, "data": loader.rows.encoded.fingerprint
     }  # fmt: skip
 
     def update() -> int:

@@ -97,7 +97,7 @@ def padded_batches(columns: pa.Table, max_seq_len: int, places: int, seed: int) 
 def their_batches(start: Start[Any], data: Data) -> Iterator[Padded]:
     """From the columns that training reads, as large as our micro-batches."""
     rows = data.train.rows
-    places = data.train.batch_size * rows.packing.capacity
+    places = data.train.batch_size * data.train.capacity
     return padded_batches(rows.encoded.columns, start.max_seq_len, places, start.config.seed)
 
 

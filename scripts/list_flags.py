@@ -18,6 +18,7 @@ from training.config import Config, plain, relative, rules
 from training.names import ELSEWHERE, answer
 
 FILE = Path(__file__).parent.parent / "docs" / "flags.md"
+KINDS = {str: "text", int: "whole number", float: "number", bool: "switch"}
 CHANGED = {"refuse": "refused", "note": "noted", "free": ""}  # what a resume does about another value, as listed
 
 SCRIPTS = [f"`{stage.script}`" for stage in STAGES.values()]
@@ -78,13 +79,24 @@ def table(group: str, names: list[str]) -> str:
 
 def line(name: str) -> str:
     stages = [stage.config for stage in STAGES.values() if name in rules(stage.config)]
-    first = stages[0]
-    defaults = {config.stage: default(config, name) for config in stages}
-    same = len(set(defaults.values())) == 1
-    shown = defaults[first.stage] if same else "; ".join(f"{stage}: {value}" for stage, value in defaults.items())
-    rule = rules(first)[name]
-    meaning = rule.help.replace("%%", "%").replace("|", "\\|")
-    return f"| `--{name}` | {value(first, name)} | {shown} | {CHANGED.get(rule.resume, rule.resume)} | {meaning} |\n"
+    found = [rules(stage)[name] for stage in stages]
+    cells = (
+        {stage: value(stage, name) for stage in stages},
+        {stage: default(stage, name) for stage in stages},
+        {stage: CHANGED[rule.resume] for stage, rule in zip(stages, found, strict=True)},
+        {stage: rule.help.replace("%%", "%").replace("|", "\\|") for stage, rule in zip(stages, found, strict=True)},
+    )
+    return f"| `--{name}` | {' | '.join(map(by_stage, cells))} |\n"
+
+
+def by_stage(found: dict[type[Config], str]) -> str:
+    """What all say alike, or else what each says."""
+    stages: dict[str, list[str]] = {}
+    for stage, said in found.items():
+        stages.setdefault(said, []).append(stage.stage)
+    if len(stages) == 1:
+        return next(iter(stages))
+    return "; ".join(f"{', '.join(names)}: {said}" for said, names in stages.items())
 
 
 def value(config: type[Config], name: str) -> str:
@@ -93,8 +105,8 @@ def value(config: type[Config], name: str) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
     if typing.get_origin(kind) is list:
-        return "files"
-    return {str: "text", int: "whole number", float: "number", bool: "switch"}[kind]
+        return "files" if rules(config)[name].group == "files" else f"{KINDS[typing.get_args(kind)[0]]}, several"
+    return KINDS[kind]
 
 
 def default(config: type[Config], name: str) -> str:

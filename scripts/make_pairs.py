@@ -27,24 +27,16 @@ from dataset.columns import Report
 from dataset.encode import Rules, encode_row
 from dataset.records import expand_paths, one_line, read_rows
 from dataset.tokenizer import TextTokenizer
-from evaluation import Reward, Sample
+from evaluation import Reward
 from evaluation.reward_model import judges
-from model import GPT, generate, load_pretrained
+from model import GPT, load_pretrained
 from model.adapter_folder import tokenizer_folder
 from training.config import model_folder
 from training.distributed import World, pick_device, pick_dtype
+from training.rollout import Group, Sampling, roll_out
 
 SAME = "all rewards alike, or no more than --min_gap apart"
 UNENDED = "no answer ended by itself within --max_new_tokens"
-
-
-class Prompt(NamedTuple):
-    """What is asked, and the row that its answers are judged by."""
-
-    ids: list[int]
-    messages: list[Message]
-    row: dict[str, Any]
-    where: str
 
 
 class Judged(NamedTuple):
@@ -68,45 +60,39 @@ def best_and_worst(answers: Sequence[Judged], min_gap: float) -> tuple[Judged, J
     return SAME if best.reward - worst.reward <= min_gap else (best, worst)
 
 
-def read_prompts(paths: Sequence[str], model: GPT, tokenizer: TextTokenizer, limit: int) -> tuple[list[Prompt], Report]:
-    """The first `limit` (0: all) that fit into the model's context. Raises DataError for a bad row."""
+def read_prompts(paths: Sequence[str], model: GPT, tokenizer: TextTokenizer, limit: int) -> tuple[list[Group], Report]:
+    """The first `limit` (0: all) that fit into the model's context, without answers. Raises DataError for a bad row."""
     rules, report = Rules(PROMPT, model.config.max_seq_len), Report()
-    prompts: list[Prompt] = []
+    prompts: list[Group] = []
     for row in read_rows(expand_paths(list(paths)), PROMPT):
         if limit and len(prompts) == limit:
             break
         if (tokens := encode_row(row, tokenizer, rules, report)) is not None:
             ids = tokens.columns["ids"]
             assert isinstance(ids, list)
-            prompts.append(Prompt(ids, row.value["conversations"], row.value, row.where))
+            prompts.append(Group(len(prompts), ids, row.value, row.where, []))
     return prompts, report
 
 
 def answered(
-    prompts: Sequence[Prompt], model: GPT, tokenizer: TextTokenizer, reward: Reward, arguments: argparse.Namespace
-) -> Iterator[tuple[Prompt, list[Judged]]]:
+    prompts: Sequence[Group], model: GPT, tokenizer: TextTokenizer, reward: Reward, arguments: argparse.Namespace
+) -> Iterator[tuple[Group, list[Judged]]]:
     """Each prompt with its answers, as many prompts at a time as --batch_size rows hold."""
-    n, together = arguments.n, max(1, arguments.batch_size // arguments.n)
+    together = max(1, arguments.batch_size // arguments.n)
+    how = Sampling(arguments.n, arguments.max_new_tokens, arguments.temperature, arguments.seed)
     for start in tqdm(range(0, len(prompts), together), desc="answering", unit="batch", disable=None):
-        asked = [prompt for prompt in prompts[start : start + together] for _ in range(n)]
-        found = generate(
-            model, [prompt.ids for prompt in asked], max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed + start,
-            stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size,
-        )  # fmt: skip
-        texts = [tokenizer.decode(each.ids, skip_control=False) for each in found]
-        scores = reward(
-            [
-                Sample(prompt.messages, text, prompt.row, each.finish_reason, prompt.where)
-                for prompt, text, each in zip(asked, texts, found, strict=True)
-            ]
-        )
+        groups = prompts[start : start + together]
+        drawn = roll_out(model, tokenizer, [each.prompt for each in groups], [each.number for each in groups], how)
+        for group, answers in zip(groups, drawn, strict=True):
+            group.answers = answers
+        samples = [sample for group in groups for sample in group.samples()]
+        totals = reward(samples).total
         judged = [
-            Judged(text, each.finish_reason == "stop", score)
-            for text, each, score in zip(texts, found, scores.total, strict=True)
+            Judged(sample.answer, sample.finish_reason == "stop", total)
+            for sample, total in zip(samples, totals, strict=True)
         ]
-        for i, prompt in enumerate(prompts[start : start + together]):
-            yield prompt, judged[i * n : (i + 1) * n]
+        for i, group in enumerate(groups):
+            yield group, judged[i * how.group_size : (i + 1) * how.group_size]
 
 
 def pair_row(messages: list[Message], best: Judged, worst: Judged) -> dict[str, Any]:
@@ -147,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
                 left_out[found] += 1
             else:
                 pairs += 1
-                file.write(json.dumps(pair_row(prompt.messages, *found), ensure_ascii=False) + "\n")
+                file.write(json.dumps(pair_row(prompt.row["conversations"], *found), ensure_ascii=False) + "\n")
     print(f"{pairs:,} pairs of {len(prompts):,} prompts that fit, {arguments.n} answers each")
     print("".join(f"no pair for {count:,}: {reason}\n" for reason, count in left_out.items()), end="")
     if rewards:
@@ -182,8 +168,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_prompts", type=int, default=0, help="only the first so many prompts, 0: all [0]")
     add("--max_new_tokens", type=int, default=256, help="longest answer, tokens [256]")
     add("--temperature", type=float, default=1.0, help="of sampling [1]")
-    add("--top_p", type=float, default=1.0, help="of the likeliest that make up this share [1]")
-    add("--batch_size", type=int, default=64, help="answers at a time [64]; another one draws other answers")
+    add("--batch_size", type=int, default=64, help="answers at a time [64]")
     add("--seed", type=int, default=0, help="of sampling [0]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[auto]")

@@ -26,6 +26,7 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 PLAIN = ["--device", "cpu", "--dtype", "float32"]  # what `auto` picks depends on the machine
 TINY = ["--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "64", *PLAIN]
 KTO = ["--loss_type", "kto", "--run_name", "kto_32"]  # a loss with an update's own number and rows of its own form
+ROLLOUTS = ["--group_size", "4", "--max_new_tokens", "12", "--eval_rows", "4"]
 # DoRA and the control tokens are part of it: more that must be right at once
 LORA = ["--adapter", "lora", "--lora_rank", "4", "--lora_dora", "--train_control_tokens"]
 WORDS = (
@@ -63,6 +64,7 @@ def make_data(folder: Path, rows: int = 60, seed: int = 0) -> dict[str, Path]:
         "distill": folder / "sft.jsonl",
         "kto": write_jsonl(folder / "kto.jsonl", labelled),
         "reward": folder / "dpo.jsonl",
+        "grpo": folder / "sft.jsonl",
     }
 
 
@@ -222,6 +224,7 @@ def stage_flags(base: Path, stage: str, out: Path) -> list[Any]:
         "distill": ["--init_from", base / "start/pretrain_32", "--teacher", base / "start/teacher"],
         "kto": ["--init_from", base / "start/full_sft_32"],
         "reward": ["--init_from", base / "start/full_sft_32"],
+        "grpo": ["--init_from", base / "start/full_sft_32", "--reward", "length:20", *ROLLOUTS],
     }[stage]
     folders = ["--data_path", base / data.get(stage, "sft.jsonl"), "--out_dir", out, "--cache_dir", base / "cache"]
     return [*folders, "--dim", 32, "--log_interval", 1, *PLAIN, *start]

@@ -5,29 +5,31 @@ from typing import TYPE_CHECKING
 from dataset.later import later
 from training.command import run_stage
 from training.config import load_config
-from training.stages import DistillConfig, DPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from training.stages import DistillConfig, DPOConfig, GRPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
 if TYPE_CHECKING:
     from training.engines import build_engine
     from training.loop import train
-    from training.objectives import ALONE, DPO, STAGES, BradleyTerry, Distillation, NextToken
+    from training.objectives import ALONE, DPO, GRPO, STAGES, BradleyTerry, Distillation, NextToken
 else:  # they need torch, which takes a second to import; flags are checked without it
     __getattr__ = later(
         {
             "training.engines": ("build_engine",),
             "training.loop": ("train",),
-            "training.objectives": ("ALONE", "DPO", "STAGES", "BradleyTerry", "Distillation", "NextToken"),
+            "training.objectives": ("ALONE", "DPO", "GRPO", "STAGES", "BradleyTerry", "Distillation", "NextToken"),
         }
     )
 
 __all__ = [
     "ALONE",
     "DPO",
+    "GRPO",
     "STAGES",
     "BradleyTerry",
     "DPOConfig",
     "DistillConfig",
     "Distillation",
+    "GRPOConfig",
     "NextToken",
     "PretrainConfig",
     "RewardConfig",

@@ -61,5 +61,5 @@ class Answers:
         if worse:
             self.say(
                 f"warning: answers to {len(self.prompts)} held-out prompts fall apart at step {record['step']}: "
-                f"{', '.join(worse)}; raise --nll_weight, or lower --learning_rate or --epochs"
+                f"{', '.join(worse)}; raise what keeps them (--nll_weight, --kl), or lower --learning_rate or --epochs"
             )

@@ -20,12 +20,18 @@ from model.files import write_json
 from training.checkpoint import attempt
 from training.config import BEST, Config
 from training.engines.contract import Engine
-from training.metrics import Record
+from training.metrics import Record, held_out_name
 from training.objectives import Objective
 from training.saver import Progress, Say, export_model
 
 HIGHER_IS_BETTER = {"loss": False, "bpb": False, "accuracy": True, "margin": True}
 """By the last word of a metric's name. Of the others more is neither better nor worse."""
+BY_WHOLE_NAME = {"val_reward": True, "pass_at_1": True, "pass_at_8": True}
+
+
+def higher_is_better(metric: str) -> bool | None:
+    """None where more is neither."""
+    return BY_WHOLE_NAME.get(metric, HIGHER_IS_BETTER.get(metric.rpartition("_")[2]))
 
 
 def check_keep_best(config: Config, objective: Objective[Any], held_out: bool) -> None:
@@ -33,7 +39,7 @@ def check_keep_best(config: Config, objective: Objective[Any], held_out: bool) -
     if config.keep_best is None:
         return
     measured = objective.metrics(dict.fromkeys(objective.names, 1.0), 1.0)
-    usable = [f"val_{name}" for name in measured if name.rpartition("_")[2] in HIGHER_IS_BETTER]
+    usable = [name for name in map(held_out_name, measured) if higher_is_better(name) is not None]
     if config.keep_best not in usable:
         raise ValueError(
             f"--keep_best is {config.keep_best!r}; {config.stage} can keep the best model by {', '.join(usable)}"
@@ -89,7 +95,7 @@ class Best:
         assert self.config.keep_best is not None
         if not self.kept or not math.isfinite(value):
             return math.isfinite(value)
-        higher = HIGHER_IS_BETTER[self.config.keep_best.rpartition("_")[2]]
+        higher = higher_is_better(self.config.keep_best)
         return value > self.progress.best_value if higher else value < self.progress.best_value
 
     def write(self, weights: dict[str, Tensor], found: Record) -> None:

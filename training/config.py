@@ -397,7 +397,9 @@ def build_parser(cls: type[Config], about: str | None = None) -> argparse.Argume
         if plain(kind) is bool:
             options |= {"nargs": "?", "const": True, "metavar": "true|false"}
         elif typing.get_origin(kind) is list:
-            options |= {"nargs": "+", "metavar": "FILE", "type": str}
+            (each,) = typing.get_args(kind)
+            options |= {"nargs": "+", "metavar": "FILE" if f.metadata["rule"].group == "files" else each.__name__}
+            options["type"] = lambda text, f=f, each=each: convert(text, each, f"--{f.name}")
         else:
             options["metavar"] = (
                 "|".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else plain(kind).__name__
@@ -449,7 +451,9 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     if optional and (value is None or (value == "none" and kind is not str and "none" not in typing.get_args(kind))):
         return None
     if typing.get_origin(kind) is list:
-        return [str(item) for item in (value if isinstance(value, list) else [] if value is None else [value])]
+        (each,) = typing.get_args(kind)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        return [convert(item, each, name) for item in items]
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:

@@ -34,7 +34,7 @@ from training.answers import Answers
 from training.best import Best, check_keep_best
 from training.config import save_config
 from training.engines.contract import Engine, Totals
-from training.metrics import Metrics, Record, peak_flops, peak_memory_mb
+from training.metrics import Metrics, Record, held_out_name, peak_flops, peak_memory_mb
 from training.objectives import Measured, Objective
 from training.optimizer import learning_rate
 from training.run_folder import held
@@ -52,13 +52,14 @@ class Source(Protocol):
     rows_per_update: int  # over all ranks
     total_rows: int  # the position at which training ends, where max_steps does not end it
     ahead: bool  # whether an update may be asked for while the one before is learnt
+    passes: int  # how often an update is learnt from
 
     @property
     def rows_per_epoch(self) -> int: ...
 
     @property
     def tokens_per_row(self) -> float:
-        """Real (non-padding) tokens of a row, on average."""
+        """Real (non-padding) tokens of a row, on average; 0 where nobody knows yet."""
 
     @property
     def beside(self) -> "Source | None":
@@ -67,7 +68,10 @@ class Source(Protocol):
     def prompts(self, limit: int) -> list[list[int]]:
         """Open prompts, of held-out rows that have them."""
 
-    def update(self, position: int) -> list[Batch]:
+    def samples(self) -> tuple[str, str] | None:
+        """What the update asked for last was made of, where people may want to read that: a prompt, and answers."""
+
+    def update(self, position: int) -> Sequence[Batch]:
         """This rank's micro-batches of the update that begins at a position."""
 
 
@@ -172,14 +176,15 @@ class Run:
                 update = upcoming.take(progress.position)
                 rate = self.rate()
                 objective = informed(engine, self.objective, self.source, [progress.position])
-                totals = engine.forward_backward(update.sent.arrived(), objective, update.weight)
-                norm = engine.step(rate)
+                rows = [batch.row_ids for batch in update.sent.micro_batches]
                 progress.step += 1
+                for _ in range(self.source.passes):
+                    totals = engine.forward_backward(update.sent.arrived(), objective, update.weight)
+                    norm = engine.step(rate)
+                    self.follow(Pending(progress.step, rate, norm, totals, rows))
                 progress.position = min(progress.position + self.source.rows_per_update, self.source.total_rows)
                 progress.tokens += int(update.supervised)
                 self.window.add(update)
-                rows = [batch.row_ids for batch in update.sent.micro_batches]
-                self.follow(Pending(progress.step, rate, norm, totals, rows))
                 news = upcoming.news()
                 self.report(news.stop)
                 if news.stop:
@@ -224,12 +229,13 @@ class Run:
         ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
         precision = str(engine.dtype).removeprefix("torch.")
         tokens = source.rows_per_update * source.tokens_per_row
+        about = f" (about {tokens:,.0f} tokens)" if tokens else ""
         start = f"random weights, seed {config.seed}" if config.init_from in (None, "none") else config.init_from
         return (
             f"{config.stage}: {parameters}, context {self.start.max_seq_len}, "
             f"on {engine.device} in {precision}, {engine.name} on {ranks}; "
-            f"steps {self.progress.step + 1:,} to {self.total_steps:,} of {source.rows_per_update:,} rows "
-            f"(about {tokens:,.0f} tokens); from {start}; into {config.run_dir}"
+            f"steps {self.progress.step + 1:,} to {self.total_steps:,} of {source.rows_per_update:,} rows{about}; "
+            f"from {start}; into {config.run_dir}"
         )
 
     def end(self) -> None:
@@ -256,7 +262,7 @@ class Run:
             alone=self.engine.world.size == 1,
         )
 
-    def count(self, micro_batches: list[Batch], news: "News") -> "Update":
+    def count(self, micro_batches: Sequence[Batch], news: "News") -> "Update":
         """An update on its way to the device, what it is made of, and what any rank was asked; one sum tells all ranks
         the same."""
         world = self.engine.world
@@ -271,7 +277,7 @@ class Run:
         # ranks that hold one model between them have seen the same rows
         weight, real, supervised = (count / world.model_size for count in rows)
         return Update(
-            self.transfer.send(micro_batches), weight, real, supervised, News(stop > 0, written == world.size)
+            self.transfer.send(list(micro_batches)), weight, real, supervised, News(stop > 0, written == world.size)
         )
 
     # --- numbers that come later ---
@@ -356,7 +362,11 @@ class Run:
         return record
 
     def sample(self) -> None:
-        """A short answer of the model as it stands."""
+        """What was learnt from last, or a short answer of the model as it stands."""
+        shown = self.source.samples()
+        if shown is not None:
+            self.metrics.sample(self.progress.step, *shown)
+            return
         prompt = self.config.sample_prompt or ("Who are you?" if self.config.chats else "Once upon a time")
         if self.config.chats:
             ids = render_chat(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
@@ -393,7 +403,7 @@ def held_out_metrics(engine: Engine, objective: Objective[Any], source: Source) 
     positions = range(0, source.total_rows, source.rows_per_update)
     objective = informed(engine, objective, source, positions)
     sums, weight = measured(engine, objective, source, positions)
-    return {f"val_{name}": value for name, value in objective.metrics(sums, weight).items()}
+    return {held_out_name(name): value for name, value in objective.metrics(sums, weight).items()}
 
 
 def informed(engine: Engine, objective: Objective[Any], source: Source, positions: Sequence[int]) -> Objective[Any]:
@@ -407,7 +417,7 @@ def measured(engine: Engine, objective: Objective[Any], source: Source, position
     """The objective's sums over these updates and all ranks, and their weight, without gradients."""
     sums, weight = dict.fromkeys(objective.names, 0.0), 0.0
     for position in positions:
-        totals = engine.evaluate(source.update(position), objective)
+        totals = engine.evaluate(list(source.update(position)), objective)
         sums = {name: sums[name] + totals.sums[name] for name in sums}
         weight += totals.weight
     return sums, weight
@@ -456,7 +466,7 @@ class Upcoming:
         self,
         source: Source,
         updates: int,
-        count: Callable[[list[Batch], News], Update],
+        count: Callable[[Sequence[Batch], News], Update],
         own: Callable[[], News],
         alone: bool,
     ):

@@ -33,6 +33,12 @@ if TYPE_CHECKING:  # both are imported where they are used: they are extras, and
     from wandb import Run
 
 Record = dict[str, Any]  # metrics of a step, or settings of a run, by name
+HELD_OUT_ALONE = ("pass_at_1", "pass_at_8")  # names that say so much; of others, what is held out begins with val_
+
+
+def held_out_name(name: str) -> str:
+    """What a metric is called of held-out rows."""
+    return name if name in HELD_OUT_ALONE else f"val_{name}"
 
 
 class Metrics:
@@ -240,6 +246,9 @@ def summary(record: Record) -> str:
     shown: dict[str, tuple[str, Callable[[float], str]]] = {
         "loss": ("loss {}", "{:.4f}".format),
         "val_loss": ("val {}", "{:.4f}".format),
+        "reward": ("reward {}", "{:.3f}".format),
+        "val_reward": ("val reward {}", "{:.3f}".format),
+        "pass_at_1": ("pass@1 {}", "{:.1%}".format),
         "reward_margin": ("margin {}", "{:.3f}".format),
         "reward_accuracy": ("accuracy {}", "{:.1%}".format),
         "lr": ("lr {}", "{:.1e}".format),
@@ -293,14 +302,18 @@ def start_tensorboard(run_dir: Path, start_step: int) -> "SummaryWriter":
 # loss.png -------------------------------------------------------------------------------------------------------
 
 
+REWARDS = (("reward_margin", "reward_accuracy"), ("reward", "pass_at_1", "entropy"))  # curves of one panel, if any
+
+
 def draw(records: list[Record], path: Path, title: str) -> None:
-    """Loss of training and validation over the learning rate; for DPO the rewards between. Nothing for no records."""
+    """Loss of training and validation over the learning rate; of rewards, where there are some, curves between. Nothing
+    for no records."""
     if not records:
         return
     from matplotlib.figure import Figure  # not pyplot: needs no display and keeps no state
 
-    rewards = "reward_margin" in records[-1]
-    heights = [3, 1.5, 1] if rewards else [3, 1]
+    curves = next((names for names in REWARDS if names[0] in records[-1]), ())
+    heights = [3, 1.5, 1] if curves else [3, 1]
     figure = Figure(figsize=(8, 1.6 * sum(heights)), dpi=120, layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     steps, loss = curve(records, "loss")
@@ -311,8 +324,8 @@ def draw(records: list[Record], path: Path, title: str) -> None:
         panels[0].plot(steps, loss, color="tab:orange", marker="o", markersize=4, label=with_last("validation", loss))
     panels[0].set(title=title, ylabel="loss (nats)")
     panels[0].legend(frameon=False)
-    if rewards:
-        for name, color in (("reward_margin", "tab:green"), ("reward_accuracy", "tab:purple")):
+    if curves:
+        for name, color in zip(curves, ("tab:green", "tab:purple", "tab:orange"), strict=False):
             steps, values = curve(records, name)
             panels[1].plot(steps, values, color=color, alpha=0.3, linewidth=1)
             label = with_last(name.replace("_", " "), values)

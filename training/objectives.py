@@ -5,6 +5,7 @@
     KTO         sum over answers that are judged one by one, weight = answers
     BradleyTerry    sum over pairs of -log sigmoid(score(chosen) - score(rejected)), weight = pairs
     Distillation    sum of how far the student is from its teacher, weight = supervised tokens
+    GRPO        sum over drawn tokens of a loss of policy.py, weight = tokens, or answers
 
 An objective never calls the network: the engine does, and hands over its `Output`. It returns (loss to differentiate,
 {name: summed statistic}); `metrics` turns the sums over all micro-batches and ranks into what is logged. At the end
@@ -13,22 +14,24 @@ stands the table of stages; their flags are in stages.py.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from dataset import CONVERSATION, LABELLED, PAIR, SCORED, TEXT
-from dataset.batch import Batch, PairBatch
+from dataset import CONVERSATION, LABELLED, PAIR, PROMPT, SCORED, TEXT
+from dataset.batch import Batch, PairBatch, RolloutBatch
 from dataset.forms import Form
+from evaluation.rewards import labels_of
 from model.gpt import Places, SummedLoss, nll_by_place, score_by_place, summed_nll
+from training import policy
 from training.config import Config
 from training.distillation import Distance, Divergences, TopK, distilled
 from training.metrics import Record
 from training.preference import LOSSES, Answers, Referred, log_sigmoid, margin_of, own_flags
-from training.stages import DistillConfig, DPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from training.stages import DistillConfig, DPOConfig, GRPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from training.teacher import Said, TaughtBatch, Teacher
 
 Sums = dict[str, Tensor]
@@ -364,6 +367,104 @@ class Distillation:
         return []
 
 
+# Reinforcement learning ----------------------------------------------------------------------------------------------
+
+
+TALLIES = (
+    "answers", "groups", "reward", "reward_std", "zero_variance", "distinct", "length", "truncated", "entropy",
+    "pass_at_1", "pass_at_8",
+)  # fmt: skip
+"""What is counted of the answers drawn, before the parts of the reward, in the order of a RolloutBatch's tallies."""
+SUMMED_OVER = {
+    "reward_std": "groups", "zero_variance": "groups", "pass_at_1": "groups", "pass_at_8": "groups",
+    "entropy": "length",
+}  # fmt: skip
+"""What a tally is divided by, where that is not answers."""
+
+
+class GRPO:
+    """To draw the answers again that were better than others to the same prompt, by one of the losses of policy.py.
+
+    kl: weight of the divergence from the starting model, k3 at every token; it is measured where it is 0, too.
+    temperature: that the answers were drawn at. All probabilities are those of softmax(logits / temperature), which is
+        what the tokens were drawn from: a gradient of any other distribution's would be another policy's.
+    parts: of the reward, by what they are logged as.
+    """
+
+    only_held_out: tuple[str, ...] = ("pass_at_1", "pass_at_8")
+
+    def __init__(
+        self,
+        loss_type: str = "dapo",
+        kl: float = 0.0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        parts: Sequence[str] = (),
+        **flags: float,
+    ):
+        """flags: those that the loss reads; its own defaults where they are not given."""
+        self.loss = policy.LOSSES[loss_type](**flags)
+        self.kl, self.temperature, self.most = kl, temperature, max_new_tokens
+        self.tallies = (*TALLIES, *(f"{part}_reward" for part in parts))
+        self.names: tuple[str, ...] = ("loss", "tokens", "kl", "clipped", "gap", *self.tallies)
+        self.unit = "answers" if self.loss.per_answer else ""
+
+    def criterion(self, places: Places, batch: RolloutBatch) -> tuple[Tensor]:
+        return nll_by_place(places._replace(hidden=places.hidden / self.temperature))
+
+    def weight(self, batch: RolloutBatch) -> int:
+        return self.loss.weight(batch.supervised, batch.n_answers, self.most)
+
+    def __call__(self, output: Output, batch: RolloutBatch) -> tuple[Tensor, Sums]:
+        logps = -output.nll.flatten()[batch.learnt]
+        tokens = policy.Tokens(logps, batch.drawn_at, batch.advantages, batch.answer, batch.lengths)
+        divergence = policy.k3(logps if self.kl else logps.detach(), batch.reference)
+        by_token = self.loss(tokens) + self.kl * divergence if self.kl else self.loss(tokens)
+        loss, kept = (by_token * self.loss.share(tokens)).sum(), logps.detach()
+        sums = {
+            "loss": loss.detach(),
+            "tokens": torch.ones_like(kept).sum(),
+            "kl": divergence.detach().sum(),
+            "clipped": self.loss.clips(tokens._replace(logps=kept)).sum(),
+            "gap": (kept - batch.drawn_at).abs().sum(),
+        }
+        return loss, sums | dict(zip(self.tallies, batch.tallies, strict=True))
+
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        return self
+
+    def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
+        """Means. Over learnt tokens: `kl` to the starting model, nats; `clip_share`; `logp_gap`, the mean distance of a
+        token's log-probability from that at which it was drawn, nats, which before anything is learnt is rounding. Over
+        drawn tokens: `entropy`, nats. Over groups: `reward_std`, the share without variance, pass@1 and pass@8. Over
+        answers all else: `distinct` is the share that differs from those before it in its group, `truncated` the share
+        that did not end by itself."""
+        learnt = max(1.0, sums["tokens"])
+        metrics = {name: sums[name] / max(1.0, sums[SUMMED_OVER.get(name, "answers")]) for name in self.tallies}
+        metrics |= {"kl": sums["kl"] / learnt, "clip_share": sums["clipped"] / learnt, "logp_gap": sums["gap"] / learnt}
+        del metrics["answers"], metrics["groups"]
+        there = {name: value for name, value in metrics.items() if not math.isnan(value)}  # pass@8 of fewer answers
+        return {"loss": sums["loss"] / max(1.0, weight)} | there
+
+    def warnings(self, record: Record) -> list[str]:
+        """Where there is nothing to learn from."""
+        if record["zero_variance"] < 1:
+            return []
+        return [
+            f"at step {record['step']} all answers of every group had the same reward ({record['reward']:.3g} on "
+            "average), so nothing was learnt: give a higher --temperature, a larger --group_size, or a --reward that "
+            "tells these answers apart"
+        ]
+
+
+def policy_of(config: GRPOConfig) -> GRPO:
+    """The objective of a config's loss."""
+    flags = {name: getattr(config, name) for name in own_flags(config.loss_type, policy.LOSSES)}
+    return GRPO(
+        config.loss_type, config.kl, config.temperature, config.max_new_tokens, labels_of(config.reward), **flags
+    )
+
+
 # The stages ----------------------------------------------------------------------------------------------------------
 
 
@@ -375,8 +476,8 @@ class Stage:
     form: Form  # of its rows
     objective: Callable[[Any], "Objective[Any]"]  # of its config
     rows: Callable[[Any], Form] | None = None  # of its config, where that decides which form its rows have
-    # whether it is measured and checked where nothing else is said: not where another model stands beside the one that
-    # is trained, nor where batches and network are nearly another stage's
+    # whether it is measured and checked where nothing else is said: not where a teacher stands beside the model or
+    # rollouts are needed, nor where batches and network are nearly another stage's
     alone: bool = True
 
     def form_for(self, config: Config) -> Form:
@@ -402,6 +503,7 @@ STAGES: dict[str, Stage] = {
             alone=False,
         ),
         Stage(RewardConfig, SCORED, lambda config: BradleyTerry(config.center_weight), alone=False),
+        Stage(GRPOConfig, PROMPT, policy_of, alone=False),
     )
 }
 """In the order in which they are run; distill in the place of full_sft, reward beside dpo."""

@@ -17,7 +17,7 @@ r(y) = beta * (log pi(y|x) - log ref(y|x)) the implicit reward, and |y| the toke
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import log, log1p
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -287,16 +287,19 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def own_flags(loss_type: str) -> dict[str, float]:
+Losses = Mapping[str, type[Any]]  # of this file, or of another family (policy.py)
+
+
+def own_flags(loss_type: str, losses: Losses = LOSSES) -> dict[str, float]:
     """The flags that a loss reads, with its defaults."""
-    return {field.name: getattr(LOSSES[loss_type], field.name) for field in fields(LOSSES[loss_type])}
+    return {field.name: getattr(losses[loss_type], field.name) for field in fields(losses[loss_type])}
 
 
-def check_flags(loss_type: str, given: Mapping[str, float | None]) -> None:
+def check_flags(loss_type: str, given: Mapping[str, float | None], losses: Losses = LOSSES) -> None:
     """Raise ValueError for a flag that was given and that the loss does not read."""
     for name, value in given.items():
-        if value is not None and name not in own_flags(loss_type):
-            readers = ", ".join(other for other in LOSSES if name in own_flags(other))
+        if value is not None and name not in own_flags(loss_type, losses):
+            readers = ", ".join(other for other in losses if name in own_flags(other, losses))
             raise ValueError(
                 f"--{name} is {value}, and --loss_type {loss_type} does not read it; leave it out (or give none), or "
                 f"give a loss that does: {readers}"

@@ -6,6 +6,7 @@ Nothing here needs torch, so that a command line is checked before anything is i
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from training import policy
 from training.config import SAMPLE, ChatConfig, Config, flag, rules
 from training.preference import LOSSES, check_flags, own_flags
 
@@ -164,3 +165,103 @@ class RewardConfig(ChatConfig):
         at_least=0,
         resume="refuse",
     )
+
+
+def rollout_flag(default: Any, text: str, *, resume: str = "refuse", **rule: Any) -> Any:
+    """A change of one would give other answers to the same prompts, or other worth to them."""
+    return flag(default, text, "reinforcement", resume=resume, **rule)
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(ChatConfig):
+    """What the stages share that learn from answers which the model draws itself."""
+
+    previous: ClassVar[str | None] = "full_sft"
+    data_path: list[str] = flag([f"{SAMPLE}/grpo.jsonl"], like="data_path")
+    batch_size: int = flag(
+        16, "prompts a process a micro-batch, each with its group of answers: lower it when memory runs out",
+        like="batch_size",
+    )  # fmt: skip
+    global_batch_size: int = flag(
+        0,
+        "prompts an update over all processes, kept whatever their number; sets accumulation_steps (0: off)",
+        like="global_batch_size",
+    )
+    learning_rate: float = flag(1e-5, like="learning_rate")
+    weight_decay: float = flag(0.0, like="weight_decay")
+    compile: bool | None = flag(False, "torch.compile the blocks: every update has shapes of its own", like="compile")
+    eval_interval: int = flag(50, like="eval_interval")
+    eval_rows: int = flag(64, "prompts a validation looks at, at most (0: all)", like="eval_rows")
+    eval_answers: int = flag(16, like="eval_answers")
+    sample_interval: int = flag(10, "steps between groups of answers that are shown (0: none)", like="sample_interval")
+
+    reward: list[str] = rollout_flag(
+        ["world"],
+        "what an answer is worth, one or several: exact_match, number, contains, format, length:N, world, "
+        "reward_model:FOLDER, or file.py:function",
+    )
+    reward_weights: list[float] = rollout_flag([], "what each reward counts; by default 1")
+    pass_reward: float | None = rollout_flag(
+        None,
+        "an answer of this reward passes, in pass_at_1 and pass_at_8; by default the sum of the positive weights",
+        resume="free",
+    )
+    group_size: int = rollout_flag(8, "answers to every prompt", at_least=2)
+    max_new_tokens: int = rollout_flag(256, "tokens an answer may have", at_least=1)
+    temperature: float = rollout_flag(1.0, "of drawing answers, in training and validation", above=0)
+    overlong_buffer: int = rollout_flag(
+        0,
+        "so many tokens before max_new_tokens a penalty begins to grow, to 1 for an answer that is cut (DAPO; 0: none)",
+        at_least=0,
+    )
+    eval_group_size: int = rollout_flag(
+        8, "answers to every held-out prompt; pass_at_8 takes 8 or more", resume="free", at_least=2
+    )
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(RolloutConfig):
+    """Reinforcement learning: answers that were better than others to the same prompt become likelier."""
+
+    stage: ClassVar[str] = "grpo"
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo", "gspo"] = rollout_flag(
+        "dapo", "the loss, each with its paper in training/policy.py: dapo is a mean over the tokens of an update"
+    )
+    scale_rewards: Literal["none", "std"] = rollout_flag(
+        "none", "whether a group's advantages are divided by the standard deviation of its rewards"
+    )
+    clip_low: float | None = rollout_flag(
+        None, "how far below 1 a token's ratio may fall; by default 0.2, in gspo 3e-4; not in cispo", above=0, below=1
+    )
+    clip_high: float | None = rollout_flag(
+        None, "how far above 1 it may rise; by default 0.2, in dapo 0.28, in cispo 4, in gspo 4e-4", above=0
+    )
+    inner_epochs: int = rollout_flag(1, "updates from the same answers, of which the first is on-policy", at_least=1)
+    kl: float = rollout_flag(
+        0.0, "weight of the divergence from the starting model; it is measured in any case", at_least=0
+    )
+    filter_groups: bool = rollout_flag(
+        False, "leave groups without variance out of the update, its weight included (DAPO, without drawing others)"
+    )
+
+    def __post_init__(self) -> None:
+        """What the loss reads and nobody gave has the loss's own default."""
+        for name, default in own_flags(self.loss_type, policy.LOSSES).items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+
+    def check(self) -> None:
+        """As Config.check, and ValueError for what does not fit together."""
+        super().check()
+        clips = {name: getattr(self, name) for name in ("clip_low", "clip_high")}
+        check_flags(self.loss_type, clips, policy.LOSSES)
+        if self.overlong_buffer >= self.max_new_tokens:
+            raise ValueError(
+                f"--overlong_buffer is {self.overlong_buffer}; it must be less than --max_new_tokens "
+                f"{self.max_new_tokens}, so that some answers have no penalty"
+            )
+        if len(self.reward_weights) not in (0, len(self.reward)):
+            raise ValueError(
+                f"--reward names {len(self.reward)} rewards and --reward_weights {len(self.reward_weights)} weights; "
+                "give one weight for each, or none"
+            )

@@ -1,6 +1,6 @@
 """The sample data: a small valley told in English and Chinese, every seventh combination of it kept out of training.
 
-What flows through: fixed word tables and one seeded random generator -> eight JSONL files. One drawn combination
+What flows through: fixed word tables and one seeded random generator -> ten JSONL files. One drawn combination
 (three, red, horse, hill) becomes, say, one line of `sft.jsonl`:
 
     {"conversations": [{"role": "user", "content": "Translate: three red horses on the hill"},
@@ -25,6 +25,9 @@ kept-out (colour, animal) pairs.
 rejected answer is the chosen one spoilt in one way, which the row calls its "kind" (see SPOILT): a curt closing, a
 wrong fact, another animal, a sentence said again, one out of order, a cut answer, a wrong word in the answer to a
 question.
+
+Open prompts without an answer, `grpo.jsonl` and those about kept-out pairs in `grpo_heldout.jsonl`, are for a model to
+answer: evaluation/world.py judges what it says.
 
     python dataset/sample/make_sample.py [--out_dir dataset/sample]
 """
@@ -646,7 +649,7 @@ def miss_compare(rng: random.Random, held_out: bool) -> Missed:
 
 MISSED: tuple[Callable[[random.Random, bool], Missed], ...] = (miss_translate, miss_ask, miss_opposite, miss_compare)
 
-# ---- the eight files -------------------------------------------------------------------------------------------------
+# ---- the ten files ---------------------------------------------------------------------------------------------------
 
 
 def distinct(make: Callable[[], str], count: int, seen: set[str]) -> list[str]:
@@ -743,6 +746,11 @@ def make_preferences(rng: random.Random, rounds: int, held_out: bool) -> list[Ro
     return rows
 
 
+def make_prompts(held_out: bool) -> list[Row]:
+    """Open prompts without an answer, about every (colour, animal) that is, or is not, kept out."""
+    return [{"conversations": turns(prompt.question)} for prompt in open_prompts(held_out)]
+
+
 def make_reminders(rng: random.Random, count: int) -> list[Row]:
     """Pairs (right answer, the answer to another question of its kind).
 
@@ -812,11 +820,13 @@ def make_sample() -> dict[str, list[Row]]:
         "dpo_heldout.jsonl": make_preferences(rng("dpo_heldout"), 4, True),
         "reward.jsonl": reward,
         "reward_heldout.jsonl": make_scored(rng("reward_heldout"), 60, True),
+        "grpo.jsonl": make_prompts(False),
+        "grpo_heldout.jsonl": make_prompts(True),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the eight sample files; the same bytes on every run.")
+    parser = argparse.ArgumentParser(description="Write the ten sample files; the same bytes on every run.")
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent)
     out_dir = parser.parse_args().out_dir
     out_dir.mkdir(parents=True, exist_ok=True)

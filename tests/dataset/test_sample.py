@@ -26,9 +26,9 @@ SAMPLE = Path(__file__).parent.parent.parent / "dataset" / "sample"
 STAGES = {
     "pretrain.jsonl": "pretrain", "pretrain_heldout.jsonl": "pretrain", "sft.jsonl": "full_sft",
     "questions.jsonl": "full_sft", "dpo.jsonl": "dpo", "dpo_heldout.jsonl": "dpo",
-    "reward.jsonl": "dpo", "reward_heldout.jsonl": "dpo",
+    "reward.jsonl": "dpo", "reward_heldout.jsonl": "dpo", "grpo.jsonl": "grpo", "grpo_heldout.jsonl": "grpo",
 }  # fmt: skip
-TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "reward.jsonl")
+TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "reward.jsonl", "grpo.jsonl")
 MAX_SEQ_LEN = 256  # of configs/quickstart_*.yaml
 Combinations = set[tuple[int, ...]]
 
@@ -130,7 +130,7 @@ def test_reading_finds_combinations() -> None:
 def test_no_kept_out_combination_is_trained_on() -> None:
     for name in TRAINING:
         for family, found in combinations_in(text_of(name)).items():
-            assert found or name == "dpo.jsonl", f"{name}: nothing of {family} was found"
+            assert found or name in ("dpo.jsonl", "grpo.jsonl"), f"{name}: nothing of {family} was found"
             assert not [combination for combination in found if KEPT_OUT[family](*combination)], f"{name}: {family}"
 
 
@@ -162,6 +162,8 @@ def test_held_out_rows_are_not_training_rows() -> None:
     for row in read("dpo_heldout.jsonl"):
         (pair,) = combinations_in(row["chosen"][0]["content"])["colour"]
         assert sample.kept_out_colour(*pair) and row["chosen"][0]["content"] not in trained
+    asked = [row["conversations"][0]["content"] for row in read("grpo_heldout.jsonl")]
+    assert asked == [prompt.question for prompt in sample.open_prompts()] and not any(each in trained for each in asked)
 
 
 def test_comparisons_follow_the_order_of_weights() -> None:

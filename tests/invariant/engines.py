@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file
@@ -10,8 +11,23 @@ from tests.helpers import LORA, losses, metrics, stage_flags, train_here, train_
 
 STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill", "reward", "dpo_lora")
 LORA_START = "full_sft_lora"  # whose adapter the last goes on with
-Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
 STEPS = 12
+Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
+
+
+class Asked(NamedTuple):
+    """An engine's flags, and the stages that it is asked for in every run of the tests; a drill asks for the others."""
+
+    flags: list[str]
+    stages: tuple[str, ...] = STAGES
+
+
+Engines = dict[str, Asked]
+
+
+def meetings(engines: Engines, drill: bool = False) -> list[tuple[str, str]]:
+    """(engine, stage), of every run of the tests or of the drill."""
+    return [(name, stage) for name in engines for stage in STAGES if drill != (stage in engines[name].stages)]
 
 
 def train_alone(folder: Path) -> None:
@@ -46,13 +62,11 @@ def run_of(base: Path, run: str, name: str, *flags: object) -> tuple[str, list]:
     return stage, [*stage_flags(base, stage, base / name), *steps, *flags]
 
 
-def train_all(base: Path, engines: dict[str, list[str]], ranks: int, more: Runs = (), **how: object) -> None:
+def train_all(base: Path, engines: Engines, ranks: int, drill: bool = False, more: Runs = (), **how: object) -> None:
     """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four."""
     split = ["--batch_size", 4 // ranks, "--accumulation_steps", 2]
-    runs = [
-        run_of(base, stage, f"{name} x{ranks}", *split, *flags) for name, flags in engines.items() for stage in STAGES
-    ]
-    runs += [run_of(base, stage, f"{name} x{ranks}", *split, *flags) for stage, name, flags in more]
+    met = [(stage, engine, engines[engine].flags) for engine, stage in meetings(engines, drill)]
+    runs = [run_of(base, stage, f"{name} x{ranks}", *split, *flags) for stage, name, flags in [*met, *more]]
     train_many(base, runs, ranks, **how)
 
 

@@ -1,27 +1,54 @@
-"""DeepSpeed's ZeRO, under its own launcher, learns in every stage what one process learns."""
+"""DeepSpeed's ZeRO, under its own launcher, learns in every stage what one process learns.
+
+Every run of the tests asks ZeRO-3 for every stage, and each other ZeRO for one of packed rows and one of pairs.
+"""
 
 from pathlib import Path
 
 import pytest
 
-from tests.invariant.engines import STAGES, same_as_alone, train_all, train_alone
+from tests.invariant.engines import Asked, meetings, same_as_alone, train_all, train_alone
 
 # stage 3 first: it must not live on what another stage has set up in the same process
-DEEPSPEED = {f"zero{stage}": ["--zero_stage", str(stage)] for stage in (3, 0, 1, 2)} | {
-    "zero2 offload": ["--zero_stage", "2", "--offload", "cpu", "--grad_checkpointing"],
-    "zero3 offload": ["--zero_stage", "3", "--offload", "cpu", "--grad_checkpointing", "--async_save"],
-}
+DEEPSPEED = {
+    "zero3": Asked(["--zero_stage", "3"]),
+    "zero0": Asked(["--zero_stage", "0"], ("pretrain", "kto")),
+    "zero1": Asked(["--zero_stage", "1"], ("distill", "dpo_lora")),
+    "zero2": Asked(["--zero_stage", "2"], ("full_sft", "kto")),
+    "zero2 offload": Asked(
+        ["--zero_stage", "2", "--offload", "cpu", "--grad_checkpointing"], ("pretrain", "dpo_lora")
+    ),
+    "zero3 offload": Asked(
+        ["--zero_stage", "3", "--offload", "cpu", "--grad_checkpointing", "--async_save"], ("full_sft", "dpo")
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
     train_alone(folder)
-    train_all(folder, DEEPSPEED, ranks=2, deepspeed=True)
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", DEEPSPEED)
-def test_two_ranks_under_the_deepspeed_launcher(base: Path, engine: str, stage: str) -> None:
-    same_as_alone(base, f"{engine} x2", stage)
+@pytest.fixture(scope="module")
+def spread(alone: Path) -> Path:
+    train_all(alone, DEEPSPEED, ranks=2, deepspeed=True)
+    return alone
+
+
+@pytest.fixture(scope="module")
+def drilled(alone: Path) -> Path:
+    train_all(alone, DEEPSPEED, ranks=2, drill=True, deepspeed=True)
+    return alone
+
+
+@pytest.mark.parametrize(("engine", "stage"), meetings(DEEPSPEED))
+def test_two_ranks_under_the_deepspeed_launcher(spread: Path, engine: str, stage: str) -> None:
+    same_as_alone(spread, f"{engine} x2", stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "stage"), meetings(DEEPSPEED, drill=True))
+def test_every_stage_under_every_zero(drilled: Path, engine: str, stage: str) -> None:
+    same_as_alone(drilled, f"{engine} x2", stage)

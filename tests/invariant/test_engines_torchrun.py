@@ -1,46 +1,71 @@
-"""DDP and FSDP2 learn in every stage what one process learns: the same losses and the same exported weights."""
+"""DDP and FSDP2 learn in every stage what one process learns: the same losses and the same exported weights.
+
+Every run of the tests asks either for every stage on two ranks; their options, and four ranks, for some.
+"""
 
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import train_here
-from tests.invariant.engines import STAGES, run_of, same_as_alone, train_all, train_alone
+from tests.invariant.engines import Asked, meetings, run_of, same_as_alone, train_all, train_alone
 
 TORCHRUN = {
-    "ddp": ["--engine", "ddp"],
-    "fsdp": ["--engine", "fsdp"],
-    "fsdp, kept gathered": ["--engine", "fsdp", "--fsdp_reshard", "no"],
-    "fsdp, offload, checkpointing, async": [
-        "--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save",
-    ],
-}  # fmt: skip
+    "ddp": Asked(["--engine", "ddp"]),
+    "fsdp": Asked(["--engine", "fsdp"]),
+    "fsdp, kept gathered": Asked(["--engine", "fsdp", "--fsdp_reshard", "no"], ("pretrain", "kto")),
+    "fsdp, offload, checkpointing, async": Asked(
+        ["--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save"], ("full_sft", "dpo_lora")
+    ),
+}
 TOP_K = ["--teacher_top_k", "16", "--distill_loss", "jsd", "--distill_temperature", "2", "--ce_weight", "0.3"]
-FOUR = {"ddp": ["--engine", "ddp"], "fsdp, a copy a node": ["--engine", "fsdp", "--hsdp"]}
+FOUR = {
+    "ddp": Asked(["--engine", "ddp"], ("pretrain", "kto")),
+    "fsdp, a copy a node": Asked(["--engine", "fsdp", "--hsdp"], ("distill", "dpo_lora")),
+}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
     train_alone(folder)
     stage, flags = run_of(folder, "distill", "top k", *TOP_K, "--batch_size", 8)
     train_here(stage, *flags)
-    train_all(folder, TORCHRUN, ranks=2, more=[("distill", "top k", [*TOP_K, "--cache_dir", f"{folder}/none yet"])])
-    train_all(folder, FOUR, ranks=4, nodes=2)
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", TORCHRUN)
-def test_two_ranks(base: Path, engine: str, stage: str) -> None:
-    same_as_alone(base, f"{engine} x2", stage)
+@pytest.fixture(scope="module")
+def spread(alone: Path) -> Path:
+    train_all(alone, TORCHRUN, ranks=2, more=[("distill", "top k", [*TOP_K, "--cache_dir", f"{alone}/none yet"])])
+    train_all(alone, FOUR, ranks=4, nodes=2)
+    return alone
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", FOUR)
-def test_four_ranks_on_two_nodes(base: Path, engine: str, stage: str) -> None:
-    same_as_alone(base, f"{engine} x4", stage)
+@pytest.fixture(scope="module")
+def drilled(alone: Path) -> Path:
+    train_all(alone, TORCHRUN, ranks=2, drill=True)
+    train_all(alone, FOUR, ranks=4, drill=True, nodes=2)
+    return alone
 
 
-def test_ranks_ask_a_teacher_ahead_side_by_side(base: Path) -> None:
-    same_as_alone(base, "top k x2", "distill", single="top k")
+@pytest.mark.parametrize(("engine", "stage"), meetings(TORCHRUN))
+def test_two_ranks(spread: Path, engine: str, stage: str) -> None:
+    same_as_alone(spread, f"{engine} x2", stage)
+
+
+@pytest.mark.parametrize(("engine", "stage"), meetings(FOUR))
+def test_four_ranks_on_two_nodes(spread: Path, engine: str, stage: str) -> None:
+    same_as_alone(spread, f"{engine} x4", stage)
+
+
+def test_ranks_ask_a_teacher_ahead_side_by_side(spread: Path) -> None:
+    same_as_alone(spread, "top k x2", "distill", single="top k")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "engine", "stage"),
+    [(ranks, *each) for ranks, engines in ((2, TORCHRUN), (4, FOUR)) for each in meetings(engines, drill=True)],
+)
+def test_every_stage_with_every_option(drilled: Path, ranks: int, engine: str, stage: str) -> None:
+    same_as_alone(drilled, f"{engine} x{ranks}", stage)

@@ -14,7 +14,6 @@ from model import GPTConfig
 from model.attention import Context, Layout, attend, plan_blocks, rotary, visible
 from model.gpt import summed_nll
 from tests.conftest import encoded
-from training.engines.pytorch import layout_of
 
 WIDTH = 150  # places a row
 
@@ -153,7 +152,7 @@ def pairs() -> tuple[PairBatch, dict[str, list]]:
 def test_answers_behind_one_prompt_have_the_likelihood_they_have_alone(make_model, fast):
     network = make_model()
     batch, columns = pairs()
-    layout = layout_of(batch) if fast else None
+    layout = Layout(*batch.sequences()) if fast else None
     nll = network(batch.input_ids, batch.position_ids, batch.labels, layout=layout)
     alone = []
     for i in batch.pair_ids:
@@ -171,7 +170,7 @@ def test_the_sum_of_losses_has_the_gradient_of_the_single_ones(make_model, monke
     monkeypatch.setitem(model.gpt.LOSS_BYTES, "cpu", 4 * 97 * 7)  # several chunks and a rest
     network = make_model()
     batch, _ = pairs()
-    ask = {"layout": layout_of(batch), "learnt": batch.learnt}
+    ask = {"layout": Layout(*batch.sequences()), "learnt": batch.learnt}
     single = network(batch.input_ids, batch.position_ids, batch.labels, **ask).sum()
     (summed,) = network(batch.input_ids, batch.position_ids, batch.labels, **ask, criterion=summed_nll)
     torch.testing.assert_close(summed, single, atol=1e-5, rtol=1e-6)

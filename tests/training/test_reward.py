@@ -11,13 +11,13 @@ from dataset import SCORED
 from dataset.columns import Report
 from dataset.loader import EMPTY_ROW, ScoredRows
 from model import load_config, load_pretrained
+from model.attention import Layout
 from model.gpt import Places, score_by_place
 from tests.conftest import encoded
 from tests.helpers import make_data, metrics, stage_flags, train_here, train_start
 from tests.training.test_objectives import CHOSEN, PROMPT, REJECTED, gradient, relative
 from training import BradleyTerry, RewardConfig, SFTConfig
 from training import load_config as config_of
-from training.engines.pytorch import layout_of
 from training.objectives import Output, by_answer
 
 
@@ -29,7 +29,7 @@ def rows(max_seq_len: int = 12) -> ScoredRows:
 def ask(model, batch) -> Output:
     said = model(
         batch.input_ids, batch.position_ids, batch.labels,
-        layout=layout_of(batch), learnt=batch.learnt, criterion=score_by_place,
+        layout=Layout(*batch.sequences()), learnt=batch.learnt, criterion=score_by_place,
     )  # fmt: skip
     return Output(*said)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dataset.batch import Batch, PairBatch
+from dataset.batch import Batch
 from model import GPT
 from model.attention import Layout
 from model.gpt import nll_by_place
@@ -87,7 +87,7 @@ class Accumulating:
         return Output(
             *self.network(
                 batch.input_ids, batch.position_ids, batch.labels,
-                layout=layout_of(batch), learnt=batch.learnt, criterion=partial(criterion, batch=batch),
+                layout=Layout(*batch.sequences()), learnt=batch.learnt, criterion=partial(criterion, batch=batch),
             )
         )  # fmt: skip
 
@@ -300,12 +300,6 @@ class SingleEngine(PyTorchEngine):
     """One process, one device, everything whole."""
 
     name = "single"
-
-
-def layout_of(batch: Batch) -> Layout:
-    """Where its documents lie, for attention."""
-    shared = (batch.places, batch.tokens) if isinstance(batch, PairBatch) else ()
-    return Layout(batch.cu_seqlens, batch.longest, *shared)
 
 
 def like(slot: Tensor, full: Tensor) -> Tensor:

@@ -1,0 +1,323 @@
+"""Prompts in, answers of the model as it is out, judged and laid into micro-batches: a source of what is learnt from.
+
+    rollouts.update(position=32)     of the global prompts 32 to 48 this rank's, each with a group of answers
+    -> [RolloutBatch]                labels: the drawn tokens; advantages: what each answer was worth beside its group
+
+A position is a count of prompts since the start of training, and a source's whole state: answers are drawn by numbers
+that follow from the seed, the prompt's position and the answer's place in its group, never from a rank, so that a
+resumed run, on whatever number of ranks, draws those again that were in flight. The whole network is asked for from the
+engine once an update; who trains a sharded one gathers it for that long.
+
+`roll_out` alone needs no engine: it is what else wants answers in groups (pairs of the best and the worst, a teacher's
+word on what its student writes). `Rollouts` gives plain batches of them, `Judged` those of policy gradients.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import Loader, Message, TextTokenizer
+from dataset.batch import BranchedBatch, RolloutBatch
+from dataset.forms import Value
+from dataset.loader import EMPTY_ROW, PromptRows, branches, cumulative, lay_out, tensors
+from evaluation import Reward, Sample
+from evaluation.reward_model import judges
+from model import GPT
+from model.adapter_folder import is_adapter
+from model.adapters import switched_off
+from model.attention import Layout
+from model.draw import Drawn, draw
+from model.folder import assemble
+from model.gpt import nll_by_place
+from training.engines.contract import Engine
+from training.policy import deviation, group_advantages, overlong_penalty
+from training.setup import Data, Start
+from training.stages import GRPOConfig
+
+AsItBegan = Callable[[GPT], AbstractContextManager[GPT]]  # of the network as it is, the one that training began with
+
+
+class Sampling(NamedTuple):
+    """How answers are drawn."""
+
+    group_size: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass
+class Answer:
+    """What was said after a prompt. Where tools are called, that is several turns, of which some were not drawn."""
+
+    ids: list[int]  # after the prompt's
+    drawn: list[bool]  # which of them the model drew; the others it only read
+    logps: list[float]  # of those that it drew, nats
+    entropy: float  # of the distributions they were drawn from, nats, summed
+    finish_reason: str  # "stop" or "length"
+    text: str  # of the last turn, with the names of its control tokens
+    turns: list[Message] = field(default_factory=list)  # before the last one
+
+
+@dataclass
+class Group:
+    """A prompt and its answers."""
+
+    number: int  # of the row
+    prompt: list[int]
+    row: Value  # as its form writes it
+    where: str  # path:line
+    answers: list[Answer]
+
+    def samples(self) -> list[Sample]:
+        messages = self.row["conversations"]
+        return [
+            Sample([*messages, *answer.turns], answer.text, self.row, answer.finish_reason, self.where)
+            for answer in self.answers
+        ]
+
+
+def roll_out(
+    network: GPT, tokenizer: TextTokenizer, prompts: Sequence[Sequence[int]], keys: Sequence[int], how: Sampling
+) -> list[list[Answer]]:
+    """A group of answers to each prompt. keys: a number of each prompt's own, that its answers are drawn by."""
+    if not prompts:
+        return []
+    uniforms = torch.stack([uniform(how, key, answer) for key in keys for answer in range(how.group_size)])
+    drawn = draw(
+        network, prompts, uniforms, copies=how.group_size, max_new_tokens=how.max_new_tokens,
+        temperature=how.temperature, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
+    answers = [answer_of(each, tokenizer) for each in drawn]
+    return [answers[first : first + how.group_size] for first in range(0, len(answers), how.group_size)]
+
+
+def uniform(how: Sampling, *key: int) -> Tensor:
+    """Numbers in [0, 1) to draw an answer by, float32 (max_new_tokens,)."""
+    return torch.from_numpy(np.random.default_rng([how.seed, *key]).random(how.max_new_tokens, dtype=np.float32))
+
+
+def answer_of(drawn: Drawn, tokenizer: TextTokenizer) -> Answer:
+    said = drawn.ids[:-1] if drawn.finish_reason == "stop" else drawn.ids
+    text = tokenizer.decode(said, skip_control=False).strip()
+    return Answer(drawn.ids, [True] * len(drawn.ids), drawn.logps, drawn.entropy, drawn.finish_reason, text)
+
+
+# Into batches --------------------------------------------------------------------------------------------------------
+
+
+def lay_groups(groups: Sequence[Group], pad_id: int) -> dict[str, Any]:
+    """What every batch of groups holds (BranchedBatch): one row, in which each prompt stands once, its first answer
+    behind it, then the others, from the prompt's last token on. No place is padding, unless there are no groups."""
+    runs: list[np.ndarray] = []
+    firsts, leaders, drawn = [], [], []
+    for group in groups:
+        leader, shared = len(runs), len(group.prompt) - 1
+        for i, answer in enumerate(group.answers):
+            first = shared if i else 0
+            runs.append(np.array(group.prompt[first:] + answer.ids, dtype=np.int64))
+            firsts.append(first)
+            leaders.append(leader)
+            drawn += [False] * (shared - first) + answer.drawn
+    shape = (1, max(1, len(drawn)))
+    first_places = np.array(firsts, dtype=np.int64)
+    laid = lay_out(runs, first_places, np.zeros(len(runs), dtype=np.int64), shape)
+    places, lengths, tokens = branches(laid, first_places, np.array(leaders, dtype=np.int64), shape)
+    return tensors(laid, np.array(drawn, dtype=bool), shape, pad_id) | {
+        "cu_seqlens": cumulative(lengths.cumsum(), len(lengths)),
+        "longest": int(lengths.max()),
+        "places": torch.from_numpy(places),
+        "tokens": torch.from_numpy(tokens),
+        "row_ids": [group.number for group in groups],
+        "real_tokens": len(drawn),
+    }
+
+
+class Rollouts:
+    """Answers of the model as it is to prompts in the order of a loader: a Source of plain batches."""
+
+    ahead = False  # the next answers are those of the weights that this update leaves
+    beside = None
+    passes = 1
+    tokens_per_row = 0.0  # nobody knows before they are written
+
+    def __init__(self, loader: Loader, engine: Engine, tokenizer: TextTokenizer, how: Sampling):
+        assert isinstance(loader.rows, PromptRows)
+        self.loader, self.rows, self.engine, self.tokenizer, self.how = loader, loader.rows, engine, tokenizer, how
+        self.rows_per_update, self.total_rows = loader.rows_per_update, loader.total_rows  # prompts
+        self.rows_per_epoch = loader.rows_per_epoch
+
+    def prompts(self, limit: int) -> list[list[int]]:
+        return self.rows.prompts(limit)
+
+    def update(self, position: int) -> list[BranchedBatch]:
+        """Every rank takes part, also one that has no prompt left."""
+        with self.engine.generator() as network:
+            return [self.batch(self.answered(here, network), network) for here in self.loader.positions(position)]
+
+    def answered(self, positions: list[int], network: GPT) -> list[Group]:
+        """The prompts at these positions, with their answers."""
+        numbers = {each: self.loader.row_at(each) for each in positions}
+        keys = [each for each, number in numbers.items() if number != EMPTY_ROW]
+        prompts = [self.rows.ids(numbers[key]) for key in keys]
+        groups = roll_out(network, self.tokenizer, prompts, keys, self.how)
+        return [
+            Group(number := numbers[key], prompt, self.rows.row(number), self.rows.where(number), answers)
+            for key, prompt, answers in zip(keys, prompts, groups, strict=True)
+        ]
+
+    def batch(self, groups: list[Group], network: GPT) -> BranchedBatch:
+        return BranchedBatch(**lay_groups(groups, self.rows.pad_id))
+
+    def samples(self) -> tuple[str, str] | None:
+        return None
+
+
+# Judged --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What answers are worth."""
+
+    reward: Reward
+    pass_reward: float  # an answer of that much or more passes
+    scale_rewards: Literal["none", "std"] = "none"
+    overlong_buffer: int = 0  # tokens
+    filter_groups: bool = False
+
+
+class Judged(Rollouts):
+    """Answers with their advantages: reward beside the group's mean, as GRPO has it."""
+
+    def __init__(
+        self, loader: Loader, engine: Engine, tokenizer: TextTokenizer, how: Sampling, judging: Judging,
+        as_it_began: AsItBegan, passes: int = 1,
+    ):  # fmt: skip
+        super().__init__(loader, engine, tokenizer, how)
+        self.judging, self.as_it_began, self.passes = judging, as_it_began, passes
+        self.shown: tuple[str, str] | None = None
+
+    def batch(self, groups: list[Group], network: GPT) -> RolloutBatch:
+        rewards, tallies = self.judge(groups)
+        advantages = group_advantages(rewards, self.judging.scale_rewards).float()
+        if self.judging.filter_groups:
+            kept = (advantages != 0).any(1).tolist()
+            groups = [group for group, keep in zip(groups, kept, strict=True) if keep]
+            advantages = advantages[kept]
+        answers = [answer for group in groups for answer in group.answers]
+        lengths = torch.tensor([len(answer.logps) for answer in answers], dtype=torch.int64)
+        answer = torch.repeat_interleave(torch.arange(len(answers)), lengths)
+        drawn_at = torch.tensor([logp for each in answers for logp in each.logps], dtype=torch.float32)
+        batch = RolloutBatch(
+            **lay_groups(groups, self.rows.pad_id), advantages=advantages.flatten()[answer], drawn_at=drawn_at,
+            reference=drawn_at, answer=answer, lengths=lengths, tallies=tallies,
+        )  # fmt: skip
+        batch.reference = self.reference(batch, network)
+        return batch
+
+    def judge(self, groups: list[Group]) -> tuple[Tensor, Tensor]:
+        """Rewards, float64 (groups, answers), and what is counted of these answers (objectives.TALLIES)."""
+        judging, size = self.judging, self.how.group_size
+        samples = [sample for group in groups for sample in group.samples()]
+        scores = judging.reward(samples)
+        answers = [answer for group in groups for answer in group.answers]
+        penalties = [
+            overlong_penalty(len(answer.logps), self.how.max_new_tokens, judging.overlong_buffer) for answer in answers
+        ]
+        total = torch.tensor(scores.total, dtype=torch.float64).view(len(groups), size)
+        rewards = total + torch.tensor(penalties, dtype=torch.float64).view(len(groups), size)
+        if groups:
+            self.shown = shown(groups[0], rewards[0].tolist())
+        right = (total >= judging.pass_reward - 1e-9).sum(1).tolist()
+        counted = [
+            len(answers),
+            len(groups),
+            float(rewards.sum()),
+            float(deviation(rewards).sum()),
+            float((rewards == rewards[:, :1]).all(1).sum()),
+            sum(len({tuple(answer.ids) for answer in group.answers}) for group in groups),
+            sum(len(answer.logps) for answer in answers),
+            sum(answer.finish_reason == "length" for answer in answers),
+            sum(answer.entropy for answer in answers),
+            *(sum(pass_at(k, passed, size) for passed in right) for k in (1, 8)),
+            *(sum(values) for values in scores.parts.values()),
+        ]
+        return rewards, torch.tensor(counted, dtype=torch.float32)
+
+    @torch.no_grad()
+    def reference(self, batch: RolloutBatch, network: GPT) -> Tensor:
+        """What the starting model says of the drawn tokens, float32 (supervised,), nats."""
+        engine, here = self.engine, batch.to(self.engine.device)
+        autocast = torch.autocast(engine.device.type, dtype=engine.dtype, enabled=engine.dtype != torch.float32)
+        with self.as_it_began(network) as start, autocast:
+            (nll,) = start(
+                here.input_ids, here.position_ids, here.labels, layout=Layout(*here.sequences()), learnt=here.learnt,
+                criterion=lambda places: nll_by_place(places._replace(hidden=places.hidden / self.how.temperature)),
+            )  # fmt: skip
+        return -nll.flatten()[here.learnt].cpu()
+
+    def samples(self) -> tuple[str, str] | None:
+        return self.shown
+
+
+def pass_at(k: int, right: int, drawn: int) -> float:
+    """The chance that one of k answers passes, where `right` of those drawn did: 1 - C(drawn - right, k) / C(drawn, k),
+    unbiased (Chen et al. 2021, arXiv:2107.03374, equation 1). Not a number where fewer than k were drawn."""
+    return 1 - math.comb(drawn - right, k) / math.comb(drawn, k) if drawn >= k else math.nan
+
+
+def shown(group: Group, rewards: list[float]) -> tuple[str, str]:
+    """A prompt, and its different answers with their rewards, the best first: what a reader looks at."""
+    answers = {answer.text: reward for answer, reward in zip(group.answers, rewards, strict=True)}
+    best_first = sorted(answers.items(), key=lambda each: -each[1])
+    said = [f"\n  {reward:6.3f}  {text}" for text, reward in best_first]
+    return group.row["conversations"][-1]["content"], "".join(said)
+
+
+# From a config -------------------------------------------------------------------------------------------------------
+
+
+class Sources(NamedTuple):
+    train: Judged
+    val: Judged | None
+
+
+def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
+    """Rollouts on both parts of the data. Held-out answers are drawn by the same numbers at every validation, and have
+    their reward alone, without a penalty. Raises ValueError for a reward that is not known."""
+    config: GRPOConfig = start.config
+    reward = Reward(config.reward, config.reward_weights or None, judges(engine.device))
+    whole = sum(weight for weight in reward.weights if weight > 0)
+    passing = whole if config.pass_reward is None else config.pass_reward
+    how = Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)
+    as_it_began = starting_network(start, engine)
+    train = Judged(
+        data.train, engine, start.tokenizer, how,
+        Judging(reward, passing, config.scale_rewards, config.overlong_buffer, config.filter_groups), as_it_began,
+        config.inner_epochs,
+    )  # fmt: skip
+    if data.val is None:
+        return Sources(train, None)
+    how = how._replace(group_size=config.eval_group_size)
+    return Sources(train, Judged(data.val, engine, start.tokenizer, how, Judging(reward, passing), as_it_began))
+
+
+def starting_network(start: Start[Any], engine: Engine) -> AsItBegan:
+    """Where an adapter is new, the network with it switched off; else a frozen copy, whole on every rank."""
+    adapter = start.model.adapter
+    if adapter is not None and not is_adapter(start.config.init_from):
+
+        def without(network: GPT) -> AbstractContextManager[GPT]:
+            return switched_off(network)
+
+        return without
+    weights = start.found or start.weights
+    frozen = assemble(start.model.config, weights(), engine.device, adapter=adapter).requires_grad_(False)
+    return lambda network: nullcontext(frozen)
