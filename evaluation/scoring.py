@@ -61,11 +61,7 @@ def score_file(
     pretrain: loss (nats a token) and perplexity over `<s> text </s>`, bits_per_byte = nats / ln 2 / UTF-8 bytes of the
         texts. A document longer than the context is scored in windows of max_seq_len, each starting without context;
         every token but `<s>` is predicted once. windowed_rows counts such documents.
-    full_sft: loss and perplexity over the supervised tokens, which `tokens` counts. exact_match: share of
-        generated_rows whose greedy answer is the final assistant turn (reasoning and tool calls included; outer white
-        space is not compared). Rows whose final turn is longer than max_new_tokens, or does not fit the context,
-        cannot match: they are not generated, and counted as too_long_to_generate. stopped: share of the answers that
-        ended by themselves.
+    full_sft: loss and perplexity over the supervised tokens, which `tokens` counts; and what `exact_matches` says.
     dpo: accuracy, the share of pairs whose chosen answer has the larger summed log-probability, and the mean margin
         between the two in nats. With `reference` also reward_accuracy and reward_margin, of DPO's implicit reward
         log p(answer) - log ref(answer) (Rafailov et al. 2023, arXiv:2305.18290, without beta), and length_ratio, the
@@ -217,7 +213,12 @@ def score_rewards(scorer: RewardModel, encoded: Encoded, path: str, plots: str |
 def exact_matches(
     model: GPT, tokenizer: TextTokenizer, rows: Sequence[Row], batch_size: int, max_new_tokens: int
 ) -> dict[str, float | None]:
-    """Greedy answers against the final assistant turns."""
+    """Greedy answers against the final assistant turns.
+
+    exact_match: share of generated_rows whose answer is that turn (reasoning and tool calls included; outer white space
+    is not compared). Rows whose final turn is longer than max_new_tokens, or does not fit the context, cannot match:
+    they are not generated, and counted as too_long_to_generate. stopped: share of the answers that ended by themselves.
+    """
     tasks = []
     for row in rows:
         prompt, expected = final_turn(tokenizer, row)
