@@ -2,6 +2,7 @@
 
     save_pretrained(model, "out/pretrain_512")            AutoModelForCausalLM.from_pretrained opens it, no custom code
     load_pretrained("out/pretrain_512")                   a GPT in eval mode; also opens Llama and Qwen3 folders
+    load_pretrained("out/reward_512")                     one that scores; AutoModelForSequenceClassification opens it
 
 Weights are read from safetensors only (a pickle can run code), and every key must be there in its shape. A folder of an
 adapter opens as the plain model that it makes of its base.
@@ -47,7 +48,8 @@ def save_pretrained(
     tokens = {key: value for key, value in tokens.items() if value is not None}
     write_json(folder / "config.json", model.config.to_hf() | tokens)
     sampling: dict[str, object] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
-    write_json(folder / "generation_config.json", sampling | tokens)
+    if not model.config.scores:
+        write_json(folder / "generation_config.json", sampling | tokens)
     weights = model.state_dict() if weights is None else weights
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     part = folder / "model.safetensors.part"

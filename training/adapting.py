@@ -28,6 +28,8 @@ def adapter_of(asked: Config, init: str, tokenizer: TextTokenizer, shape: GPTCon
     """Raises ValueError where there is nothing to adapt, and for a flag that contradicts the adapter's folder."""
     if asked.adapter is None:
         return None
+    if asked.scores:
+        raise ValueError(f"--adapter {asked.adapter}: a reward model is learnt whole; leave it out")
     if init == "none":
         raise ValueError(
             f"--adapter {asked.adapter} leaves the model's own weights as they are, and random ones are worth nothing; "

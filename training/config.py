@@ -90,6 +90,7 @@ class Config:
     stage: ClassVar[str]
     previous: ClassVar[str | None] = None  # the stage whose model this one starts from
     chats: ClassVar[bool] = True  # whether its model is asked, or has a text to go on with
+    scores: ClassVar[bool] = False  # whether its model gives a score and writes nothing
 
     data_path: list[str] = flag([], "training files or globs (.jsonl, .jsonl.gz, .jsonl.zst)", "files", by_node=True)
     val_path: list[str] = flag(
@@ -290,6 +291,7 @@ class Config:
             )
         self.check_keep_best()
         self.check_adapter()
+        self.check_scores()
         if self.global_batch_size and self.accumulation_steps != 1:
             raise ValueError(
                 f"--global_batch_size {self.global_batch_size} sets the accumulation, "
@@ -305,6 +307,12 @@ class Config:
                     f"--{name} is {getattr(self, name)}, and the adapter is {self.adapter or 'none'}; "
                     f"give --adapter {' or '.join(kinds or KINDS)}, or leave it out"
                 )
+
+    def check_scores(self) -> None:
+        """Raise ValueError for flags of a model that writes, where it is to score."""
+        for name in ("sample_interval", "eval_answers"):
+            if self.scores and getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}, and a reward model writes nothing; leave it out")
 
     def check_keep_best(self) -> None:
         """Raise ValueError for flags that leave nothing to tell the best model by."""

@@ -27,6 +27,7 @@ from dataset.batch import Batch, RolloutBatch
 from dataset.forms import Value
 from dataset.loader import EMPTY_ROW, PromptRows, branches, cumulative, lay_out, tensors
 from evaluation import Reward, Sample
+from evaluation.reward_model import judges
 from model import GPT
 from model.adapter_folder import is_adapter
 from model.adapters import switched_off
@@ -293,7 +294,7 @@ def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
     """Rollouts on both parts of the data. Held-out answers are drawn by the same numbers at every validation, and have
     their reward alone, without a penalty. Raises ValueError for a reward that is not known."""
     config: GRPOConfig = start.config
-    reward = Reward(config.reward, config.reward_weights or None)
+    reward = Reward(config.reward, config.reward_weights or None, judges(engine.device))
     whole = sum(weight for weight in reward.weights if weight > 0)
     passing = whole if config.pass_reward is None else config.pass_reward
     how = Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)

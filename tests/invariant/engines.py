@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import BOTTLENECK, LORA, PREFIX, losses, metrics, stage_flags, train_here, train_many, train_start
 
-STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill", "dpo_lora")
+STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill", "reward", "dpo_lora")
 LORA_START = "full_sft_lora"  # whose adapter the last goes on with
 ADAPTERS = {"lora": LORA, "bottleneck": BOTTLENECK, "prefix": PREFIX}  # by the last word of a run's name
 OTHERS = ("full_sft_bottleneck", "dpo_prefix")  # for the engines that say so
@@ -60,6 +60,8 @@ def run_of(base: Path, run: str, name: str, *flags: object) -> tuple[str, list]:
         "--sample_interval",
         7,
     ]
+    if stage == "reward":
+        flags = (*flags, "--sample_interval", 0)  # it writes nothing
     return stage, [*stage_flags(base, stage, base / name), *steps, *flags]
 
 
