@@ -13,7 +13,7 @@ a pair of prompt [<s> p q] and answers [a b </s>], [c </s>], whose prompt is com
     position_ids  0    1    2    3    4    2    3   a branch starts wherever positions jump back
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -36,6 +36,11 @@ class Batch:
     row_ids: list[int]  # numbers of the packed rows, to name them when something goes wrong
     real_tokens: int  # places that are not padding
     supervised: int  # labels that are learnt
+    # where answers stand behind one prompt, which is computed once: the place of every token of the sequences, each of
+    # which is a prompt and one answer, int64 (tokens,); and which of these tokens belongs to a place, int64 (rows *
+    # sequence,)
+    places: Tensor | None = field(default=None, kw_only=True)
+    tokens: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, input_ids: Tensor, labels: Tensor, position_ids: Tensor, row_ids: list[int], real_tokens: int) -> Self:
@@ -47,10 +52,6 @@ class Batch:
             longest=labels.shape[1], learnt=learnt, row_ids=row_ids, real_tokens=real_tokens, supervised=len(learnt),
         )  # fmt: skip
 
-    def sequences(self) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
-        """Where attention runs along: what model.attention.Layout holds."""
-        return self.cu_seqlens, self.longest, None, None
-
     def to(self, device: torch.device | str) -> Self:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
@@ -59,22 +60,7 @@ class Batch:
 
 
 @dataclass
-class BranchedBatch(Batch):
-    """A micro-batch of answers that stand behind one prompt, which is computed once.
-
-    places: int64 (tokens,): the place of every token of the sequences, each of which is a prompt and one answer.
-    tokens: int64 (rows * sequence,): which of these tokens belongs to a place.
-    """
-
-    places: Tensor
-    tokens: Tensor
-
-    def sequences(self) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
-        return self.cu_seqlens, self.longest, self.places, self.tokens
-
-
-@dataclass
-class PairBatch(BranchedBatch):
+class PairBatch(Batch):
     """A micro-batch of preference pairs; both answers of a pair are always in it, behind one prompt. One of labelled
     answers is the same, with one answer in a pair.
 
@@ -95,7 +81,7 @@ class PairBatch(BranchedBatch):
 
 
 @dataclass
-class RolloutBatch(BranchedBatch):
+class RolloutBatch(Batch):
     """A micro-batch of answers that the model drew itself, in groups behind one prompt each. Its labels are the drawn
     tokens; what a tool said between them is read only. Tensors are float32 (supervised,), one number a drawn token,
     where nothing else is said.

@@ -176,15 +176,17 @@ class Run:
                 update = upcoming.take(progress.position)
                 rate = self.rate()
                 objective = informed(engine, self.objective, self.source, [progress.position])
-                rows = [batch.row_ids for batch in update.sent.micro_batches]
+                passes = [
+                    (engine.forward_backward(update.sent.arrived(), objective, update.weight), engine.step(rate))
+                    for _ in range(self.source.passes)
+                ]
                 progress.step += 1
-                for _ in range(self.source.passes):
-                    totals = engine.forward_backward(update.sent.arrived(), objective, update.weight)
-                    norm = engine.step(rate)
-                    self.follow(Pending(progress.step, rate, norm, totals, rows))
                 progress.position = min(progress.position + self.source.rows_per_update, self.source.total_rows)
                 progress.tokens += int(update.supervised)
                 self.window.add(update)
+                rows = [batch.row_ids for batch in update.sent.micro_batches]
+                for totals, norm in passes:
+                    self.follow(Pending(progress.step, rate, norm, totals, rows))
                 news = upcoming.news()
                 self.report(news.stop)
                 if news.stop:

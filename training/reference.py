@@ -7,6 +7,7 @@ It is two more columns of the batch, chosen and rejected, so that the loss is a 
 model is held. Pairs that the run does not come to are left out (they are not a number) until another run does.
 """
 
+import contextlib
 import json
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 
 from dataset import Loader
 from dataset.loader import PairRows
+from model.adapter_folder import is_adapter
+from model.adapters import switched_off
 from training.config import Config
 from training.engines.contract import Engine
 from training.frozen import FrozenOutputs, Tables
@@ -33,8 +36,8 @@ def prepare_reference(loader: Loader, objective: DPO, engine: Engine, config: Co
 
 
 def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: str) -> None:
-    """Log-probabilities of the answers that a run will see, under the model as it stands: the starting model, of
-    weights with this hash.
+    """Log-probabilities of the answers that a run will see, under the starting model, whose weights have this hash: the
+    model as it stands, without an adapter that is new (a prefix would be heard at once).
 
     The cache is keyed by the model (weights and config), the data, the precision (in which engines differ where it is
     not float32) and the version of this code.
@@ -51,5 +54,7 @@ def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: s
     shape = json.dumps(engine.model.config.to_hf(), sort_keys=True)  # equal weights turn by other angles elsewhere
     made_of = f"{VERSION} {start_hash} {shape} {precision}"
     blank = (torch.full((rows.n_pairs, 2), torch.nan),)
-    (known,) = FrozenOutputs("reference", made_of, rows.packing.offsets, blank, ask).of(loader, engine, config)
+    goes_on = is_adapter(config.init_from or "none")
+    with contextlib.nullcontext() if goes_on else switched_off(engine.model):
+        (known,) = FrozenOutputs("reference", made_of, rows.packing.offsets, blank, ask).of(loader, engine, config)
     rows.reference[rows.packing.document] = known  # which is in the order of the rows

@@ -55,7 +55,9 @@ class Teacher:
     def ask(self, batch: Batch, like: Tensor) -> Said:
         """Of a batch that is on its device; computed in the type of `like`, where that is."""
         network = self.network or self.load(like.device, like.dtype)
-        hidden = network.model(batch.input_ids, batch.position_ids, Layout(*batch.sequences())).flatten(0, 1)
+        hidden = network.model(
+            batch.input_ids, batch.position_ids, Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens)
+        ).flatten(0, 1)
         return Said(hidden.index_select(0, batch.learnt), network.head_weight)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> GPT:

@@ -34,6 +34,7 @@ class Documents:
     total_rows: int = 6
     rows_per_update: int = 2
     ahead: bool = False
+    passes: int = 1
     beside: None = None
     tokens_per_row: float = 3.5
     open_prompts: list[list[int]] = field(default_factory=list)
@@ -46,6 +47,9 @@ class Documents:
 
     def prompts(self, limit: int) -> list[list[int]]:
         return self.open_prompts[:limit]
+
+    def samples(self):
+        return None
 
     def update(self, position: int) -> list[Batch]:
         self.asked.append(position)
@@ -130,6 +134,25 @@ def test_a_source_is_asked_for_an_update_when_it_is_due_and_not_before(make_run)
         ("asked", 2), ("learnt", 2), ("learnt", 3),
         ("asked", 4), ("learnt", 4), ("learnt", 5),
     ]  # fmt: skip
+
+
+def test_an_update_may_be_learnt_from_several_times_and_is_asked_for_once(make_run):
+    source = Documents(total_rows=4, passes=3)
+    run = make_run(source, Noted(source.events))
+    run.loop()
+    learnt = [[("asked", first), *[("learnt", first), ("learnt", first + 1)] * 3] for first in (0, 2)]
+    assert source.events == [*learnt[0], *learnt[1]]
+    assert run.progress.step == 2 and run.progress.position == 4  # a step is all of them
+
+
+def test_what_a_source_has_to_read_is_shown_in_place_of_a_sample(make_run, capsys):
+    class Written(Documents):
+        def samples(self):
+            return "6 x 7?", f"answer {self.asked[-1]}"
+
+    make_run(Written(total_rows=4), sample_interval=1).loop()
+    said = capsys.readouterr().err
+    assert "step 1, sample: 6 x 7? ▸ answer 0" in said and "step 2, sample: 6 x 7? ▸ answer 2" in said
 
 
 def test_a_source_that_may_be_ahead_makes_the_next_update_while_one_is_learnt(make_run):

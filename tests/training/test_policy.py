@@ -79,7 +79,7 @@ def batch_of(answers=ANSWERS) -> RolloutBatch:
     each = torch.repeat_interleave(torch.arange(len(answers)), lengths)
     columns = [torch.tensor([x for answer in answers for x in answer[i]], dtype=torch.float64) for i in (1, 2)]
     return RolloutBatch(
-        nothing, nothing, nothing, nothing, 0, torch.arange(total) + 1, [0], total + 1, total, nothing, nothing,
+        nothing, nothing, nothing, nothing, 0, torch.arange(total) + 1, [0], total + 1, total,
         torch.tensor([answer[3] for answer in answers], dtype=torch.float64)[each], *columns, each, lengths,
         torch.tensor([float(len(answers)), 2.0] + [1.0] * 9, dtype=torch.float64),
     )  # fmt: skip

@@ -84,10 +84,11 @@ class Accumulating:
     def ask(self, batch: Batch, objective: Objective[Any] | None = None) -> Output:
         """The one place where a batch meets the network. Without an objective it is asked for the single places."""
         criterion = nll_by_place if objective is None else objective.criterion
+        layout = Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens)
         return Output(
             *self.network(
                 batch.input_ids, batch.position_ids, batch.labels,
-                layout=Layout(*batch.sequences()), learnt=batch.learnt, criterion=partial(criterion, batch=batch),
+                layout=layout, learnt=batch.learnt, criterion=partial(criterion, batch=batch),
             )
         )  # fmt: skip
 
