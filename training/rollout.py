@@ -111,22 +111,25 @@ class Rollouts:
         return self.rows.prompts(limit)
 
     def update(self, position: int) -> list[Batch]:
-        """Every rank takes part, also one that has no prompt left."""
+        """Every rank takes part, also one that has no prompt left. All of its answers are drawn side by side: their
+        cache is small beside what learning from a micro-batch takes."""
+        parts = self.loader.positions(position)
         with self.engine.generator() as network:
-            return [self.batch(self.answered(here, network), network) for here in self.loader.positions(position)]
+            groups = self.answered([each for part in parts for each in part], network)
+            return [self.batch([groups[each] for each in part if each in groups], network) for part in parts]
 
-    def answered(self, positions: list[int], network: GPT) -> list[Group]:
-        """The prompts at these positions, with their answers."""
+    def answered(self, positions: list[int], network: GPT) -> dict[int, Group]:
+        """The prompts at these positions, with their answers; no more than there are."""
         numbers = {each: self.loader.row_at(each) for each in positions}
         keys = [each for each, number in numbers.items() if number != EMPTY_ROW]
         prompts = [self.rows.ids(numbers[key]) for key in keys]
         drawn = roll_out(network, self.tokenizer, prompts, keys, self.how)
-        groups = [
-            Group(number := numbers[key], key, prompt, self.rows.row(number), self.rows.where(number), answers)
+        groups = {
+            key: Group(number := numbers[key], key, prompt, self.rows.row(number), self.rows.where(number), answers)
             for key, prompt, answers in zip(keys, prompts, drawn, strict=True)
-        ]
+        }
         if self.box.tools:
-            take_turns(network, self.tokenizer, groups, self.how, self.box)
+            take_turns(network, self.tokenizer, list(groups.values()), self.how, self.box)
         return groups
 
     def batch(self, groups: list[Group], network: GPT) -> Batch:

@@ -72,12 +72,21 @@ def adapter_of(run: str) -> tuple[str, list[str]]:
     return (stage, ADAPTERS[kind]) if kind in ADAPTERS else (run, [])
 
 
-def train_all(base: Path, engines: Engines, ranks: int, drill: bool = False, more: Runs = (), **how: object) -> None:
-    """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four."""
+def train_all(
+    base: Path,
+    engines: Engines,
+    ranks: int,
+    drill: bool = False,
+    more: Runs = (),
+    also: Sequence[tuple[str, list]] = (),
+    **how: object,
+) -> None:
+    """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four. also: stages with
+    all their flags, in the same processes."""
     split = ["--batch_size", 4 // ranks, "--accumulation_steps", 2]
     met = [(stage, engine, engines[engine].flags) for engine, stage in meetings(engines, drill)]
     runs = [run_of(base, stage, f"{name} x{ranks}", *split, *flags) for stage, name, flags in [*met, *more]]
-    train_many(base, runs, ranks, **how)
+    train_many(base, [*runs, *also], ranks, **how)
 
 
 def same_as_alone(base: Path, name: str, stage: str, single: str = "single") -> None:
