@@ -8,7 +8,7 @@ from tests.helpers import LORA, metrics, stage_flags, train_here, train_many, tr
 
 STEPS = 5
 CURVES = ("reward", "reward_std", "loss", "grad_norm", "kl", "entropy", "length", "zero_variance", "distinct", "tokens")
-CRITIC = ("value_loss", "explained")
+CRITIC = ("value_loss",)
 HELD_OUT = ("val_reward", "pass_at_1", "val_entropy", "val_ended")
 # the question's number decides whether its answers differ in worth, so of two ranks one may have nothing to learn from
 OWN = """def longer(messages, answer, row):
@@ -58,9 +58,8 @@ def test_two_ranks_have_the_curves_of_one_process(base: Path, engine: str, kind:
     for name in HELD_OUT:
         measured = [[r[name] for r in records if name in r] for records in (alone, spread)]
         assert len(measured[0]) == 2 and measured[1] == pytest.approx(measured[0], rel=1e-5), name
-    assert all(
-        record["logp_gap"] < 3e-5 for record in spread if kind not in ("lora", "ppo")
-    )  # there, what the first pass learnt
+    if kind not in ("lora", "ppo"):  # there, what the first pass learnt
+        assert all(record["logp_gap"] < 3e-5 for record in spread)
 
 
 def test_the_runs_tell_something(base: Path) -> None:
