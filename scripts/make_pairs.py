@@ -33,7 +33,8 @@ from model import GPT, load_pretrained
 from model.adapter_folder import tokenizer_folder
 from training.config import model_folder
 from training.distributed import World, pick_device, pick_dtype
-from training.rollout import Group, Sampling, roll_out
+from training.groups import Group, Sampling
+from training.rollout import roll_out
 
 SAME = "all rewards alike, or no more than --min_gap apart"
 UNENDED = "no answer ended by itself within --max_new_tokens"
@@ -70,7 +71,7 @@ def read_prompts(paths: Sequence[str], model: GPT, tokenizer: TextTokenizer, lim
         if (tokens := encode_row(row, tokenizer, rules, report)) is not None:
             ids = tokens.columns["ids"]
             assert isinstance(ids, list)
-            prompts.append(Group(len(prompts), ids, row.value, row.where, []))
+            prompts.append(Group(len(prompts), len(prompts), ids, row.value, row.where, []))
     return prompts, report
 
 

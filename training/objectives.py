@@ -377,6 +377,8 @@ TALLIES = (
     "pass_at_1", "pass_at_8",
 )  # fmt: skip
 """What is counted of the answers drawn, before the parts of the reward, in the order of a RolloutBatch's tallies."""
+CALLS = ("calls", "failed_calls")
+"""The same of those that may call tools, behind the parts."""
 SUMMED_OVER = {
     "reward_std": "groups", "zero_variance": "groups", "pass_at_1": "groups", "pass_at_8": "groups",
     "entropy": "length",
@@ -390,7 +392,7 @@ class GRPO:
     kl: weight of the divergence from the starting model, k3 at every token; it is measured where it is 0, too.
     temperature: that the answers were drawn at. All probabilities are those of softmax(logits / temperature), which is
         what the tokens were drawn from: a gradient of any other distribution's would be another policy's.
-    parts: of the reward, by what they are logged as.
+    parts: of the reward, by what they are logged as. tools: whether answers may call some.
     """
 
     only_held_out: tuple[str, ...] = ("pass_at_1", "pass_at_8")
@@ -402,12 +404,13 @@ class GRPO:
         temperature: float = 1.0,
         max_new_tokens: int = 256,
         parts: Sequence[str] = (),
+        tools: bool = False,
         **flags: float,
     ):
         """flags: those that the loss reads; its own defaults where they are not given."""
         self.loss = policy.LOSSES[loss_type](**flags)
         self.kl, self.temperature, self.most = kl, temperature, max_new_tokens
-        self.tallies = (*TALLIES, *(f"{part}_reward" for part in parts))
+        self.tallies = (*TALLIES, *(f"{part}_reward" for part in parts), *(CALLS if tools else ()))
         self.names: tuple[str, ...] = ("loss", "tokens", "kl", "clipped", "gap", *self.tallies)
         self.unit = "answers" if self.loss.per_answer else ""
 
@@ -463,8 +466,9 @@ def policy_of(config: GRPOConfig) -> GRPO:
     """The objective of a config's loss."""
     flags = {name: getattr(config, name) for name in own_flags(config.loss_type, policy.LOSSES)}
     return GRPO(
-        config.loss_type, config.kl, config.temperature, config.max_new_tokens, labels_of(config.reward), **flags
-    )
+        config.loss_type, config.kl, config.temperature, config.max_new_tokens, labels_of(config.reward),
+        bool(config.tools), **flags,
+    )  # fmt: skip
 
 
 class Critic:
@@ -541,9 +545,10 @@ class PPO:
 
 def ppo_of(config: PPOConfig) -> PPO:
     """DAPO's loss is PPO's with other bounds: clipped, and a mean over tokens."""
-    clips = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    parts = labels_of(config.reward)
-    clipped = GRPO("dapo", config.kl, config.temperature, config.max_new_tokens, parts, **clips)
+    clipped = GRPO(
+        "dapo", config.kl, config.temperature, config.max_new_tokens, labels_of(config.reward), bool(config.tools),
+        clip_low=config.clip_low, clip_high=config.clip_high,
+    )  # fmt: skip
     return PPO(clipped, Critic(config.value_clip), config.gamma, config.gae_lambda)
 
 

@@ -209,6 +209,12 @@ class RolloutConfig(ChatConfig):
     group_size: int = rollout_flag(8, "answers to every prompt", at_least=2)
     max_new_tokens: int = rollout_flag(256, "tokens an answer may have", at_least=1)
     temperature: float = rollout_flag(1.0, "of drawing answers, in training and validation", above=0)
+    tools: list[str] = rollout_flag(
+        [],
+        "what answers may call: calculator, lookup, or file.py:function, and NAME= before one for another name; the "
+        "data's rows tell the model of them",
+    )
+    max_turns: int = rollout_flag(4, "turns of the model in an answer that calls tools", at_least=1)
     overlong_buffer: int = rollout_flag(
         0,
         "so many tokens before max_new_tokens a penalty begins to grow, to 1 for an answer that is cut (DAPO; 0: none)",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dataset.batch import Batch, ValuedBatch
+from evaluation.tools import build_tools
 from model import GPT
 from model.folder import folder_weights
 from model.folder import load_config as load_model_config
@@ -24,10 +25,12 @@ from training.config import model_folder
 from training.critic import gae
 from training.engines import Machine, Weights, build_engine
 from training.engines.actor_critic import ActorCritic
+from training.groups import Group
 from training.objectives import PPO
-from training.rollout import Group, Judged, Judging, Sampling, Sources, judging_of, starting_network
+from training.rollout import Judged, Judging, Sources, judging_of, sampling_of, starting_network
 from training.setup import Data, Start, weights_hash
 from training.stages import PPOConfig
+from training.tool_turns import Toolbox
 
 
 class Valued(Judged):
@@ -62,15 +65,15 @@ class Valued(Judged):
 def valued_rollouts(data: Data, engine: ActorCritic, start: Start[Any], objective: PPO) -> Sources:
     """As rollout.judged_rollouts."""
     config: PPOConfig = start.config
-    judging, how = judging_of(config, engine), Sampling.of(config)
-    as_it_began = starting_network(start, engine)
-    train = Valued(data.train, engine, start.tokenizer, how, judging, as_it_began, config.inner_epochs)
+    judging, how = judging_of(config, engine), sampling_of(config)
+    box, as_it_began = Toolbox(build_tools(config.tools), config.max_turns), starting_network(start, engine)
+    train = Valued(data.train, engine, start.tokenizer, how, judging, as_it_began, config.inner_epochs, box)
     train.objective = objective
     if data.val is None:
         return Sources(train, None)
     how = how._replace(group_size=config.eval_group_size)
     plain = Judging(judging.reward, judging.pass_reward)
-    val = Valued(data.val, engine, start.tokenizer, how, plain, as_it_began)
+    val = Valued(data.val, engine, start.tokenizer, how, plain, as_it_began, box=box)
     val.objective = objective
     return Sources(train, val)
 

@@ -18,7 +18,8 @@ from tests.helpers import write_jsonl
 from training import GRPO, GRPOConfig
 from training.distributed import World
 from training.engines import Machine, SingleEngine
-from training.rollout import Answer, Group, Judged, Judging, Rollouts, Sampling, lay_groups, pass_at, roll_out
+from training.groups import Answer, Group, Sampling
+from training.rollout import Judged, Judging, Rollouts, lay_groups, pass_at, roll_out
 
 HOW = Sampling(group_size=4, max_new_tokens=10, temperature=0.9, seed=3)
 TEXTS = ["Hi", "What is 6 x 7?", "a b c d e f g", "Tell me more", "And then?", "你好", "Why?"]
@@ -168,7 +169,7 @@ def test_what_a_tool_said_is_read_and_not_learnt(tokenizer, make_model) -> None:
         Answer([8, 9, 30, 31, 12, 2], [True, True, False, False, True, True], [0.0] * 4, 0.0, "stop", ""),
         Answer([8, 2], [True, True], [0.0] * 2, 0.0, "stop", ""),
     ]
-    laid = lay_groups([Group(0, [5, 6, 7], {}, "", answers)], pad_id=3)
+    laid = lay_groups([Group(0, 0, [5, 6, 7], {}, "", answers)], pad_id=3)
     labels = laid["labels"][0]
     assert labels.tolist() == [-100, -100, 8, 9, -100, -100, 12, 2, 8, 2]
     assert laid["input_ids"][0].tolist() == [5, 6, 7, 8, 9, 30, 31, 12, 7, 8] and laid["supervised"] == 6
