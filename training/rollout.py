@@ -15,7 +15,7 @@ word on what its student writes). `Rollouts` gives plain batches of them, `Judge
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ from training.engines.contract import Engine
 from training.groups import Answer, Group, Sampling, add_turn, uniform
 from training.policy import deviation, group_advantages, overlong_penalty
 from training.setup import Data, Start
-from training.stages import GRPOConfig
+from training.stages import GRPOConfig, RolloutConfig
 from training.tool_turns import NO_TOOLS, Toolbox, count_calls, take_turns
 
 AsItBegan = Callable[[GPT], AbstractContextManager[GPT]]  # of the network as it is, the one that training began with
@@ -171,6 +171,10 @@ class Judged(Rollouts):
             kept = (advantages != 0).any(1).tolist()
             groups = [group for group, keep in zip(groups, kept, strict=True) if keep]
             advantages = advantages[kept]
+        return self.lay(groups, advantages, tallies, network)
+
+    def lay(self, groups: list[Group], advantages: Tensor, tallies: Tensor, network: GPT) -> RolloutBatch:
+        """advantages: (groups, answers); all tokens of an answer have its."""
         answers = [answer for group in groups for answer in group.answers]
         lengths = torch.tensor([len(answer.logps) for answer in answers], dtype=torch.int64)
         answer = torch.repeat_interleave(torch.arange(len(answers)), lengths)
@@ -255,22 +259,26 @@ def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
     """Rollouts on both parts of the data. Held-out answers are drawn by the same numbers at every validation, and have
     their reward alone, without a penalty. Raises ValueError for a reward that is not known."""
     config: GRPOConfig = start.config
+    plain, how = judging_of(config, engine), sampling_of(config)
+    box, as_it_began = Toolbox(build_tools(config.tools), config.max_turns), starting_network(start, engine)
+    judging = replace(plain, scale_rewards=config.scale_rewards, filter_groups=config.filter_groups)
+    train = Judged(data.train, engine, start.tokenizer, how, judging, as_it_began, config.inner_epochs, box)
+    if data.val is None:
+        return Sources(train, None)
+    how, held_out = how._replace(group_size=config.eval_group_size), Judging(plain.reward, plain.pass_reward)
+    return Sources(train, Judged(data.val, engine, start.tokenizer, how, held_out, as_it_began, box=box))
+
+
+def sampling_of(config: RolloutConfig) -> Sampling:
+    return Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)
+
+
+def judging_of(config: RolloutConfig, engine: Engine) -> Judging:
+    """Raises ValueError for a reward that is not known."""
     reward = Reward(config.reward, config.reward_weights or None, judges(engine.device))
     whole = sum(weight for weight in reward.weights if weight > 0)
     passing = whole if config.pass_reward is None else config.pass_reward
-    how = Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)
-    box = Toolbox(build_tools(config.tools), config.max_turns)
-    as_it_began = starting_network(start, engine)
-    train = Judged(
-        data.train, engine, start.tokenizer, how,
-        Judging(reward, passing, config.scale_rewards, config.overlong_buffer, config.filter_groups), as_it_began,
-        config.inner_epochs, box,
-    )  # fmt: skip
-    if data.val is None:
-        return Sources(train, None)
-    how = how._replace(group_size=config.eval_group_size)
-    val = Judged(data.val, engine, start.tokenizer, how, Judging(reward, passing), as_it_began, box=box)
-    return Sources(train, val)
+    return Judging(reward, passing, overlong_buffer=config.overlong_buffer)
 
 
 def starting_network(start: Start[Any], engine: Engine) -> AsItBegan:
