@@ -5,6 +5,7 @@ python eval_model.py --model_mode 1 --n_layers 16 --dim 768        0 pretrain, 1
 python eval_model.py --model FOLDER --prompt "Who are you?"        one answer of any Llama- or Qwen3-family folder
 python eval_model.py --adapter FOLDER                              an adapter on its base; several are merged in order
 python eval_model.py --score val.jsonl pairs.jsonl --json          loss, bits per byte, exact match, preferences
+python eval_model.py --model out/reward_512 --score pairs.jsonl    a reward model: accuracy by kind of pair, calibration
 
 Answers go to stdout, everything else to stderr, so `echo "Hi" | python eval_model.py > answers.txt` holds answers \
 alone.
@@ -98,8 +99,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.score:
         reference = None
         if arguments.reference:
+            if model.config.scores:
+                raise ValueError("--reference is what DPO started from, and a reward model has none; leave it out")
             reference = load_pretrained(model_folder(arguments.reference, arguments.out_dir), device, dtype)
-        score(model, tokenizer, reference, arguments)
+        score(model, tokenizer, reference, arguments, folder)
         return
     check_arguments(model, [[0]], **sampling(arguments))
     raw = arguments.raw or stage_of(stacked[-1]) == "pretrain" or not tokenizer.has_chat_template
@@ -317,15 +320,17 @@ def command(session: Session, line: str) -> None:
 # Scoring --------------------------------------------------------------------------------------------------------
 
 
-def score(model: GPT, tokenizer: TextTokenizer, reference: GPT | None, arguments: argparse.Namespace) -> None:
-    """Print what was measured on each file."""
+def score(
+    model: GPT, tokenizer: TextTokenizer, reference: GPT | None, arguments: argparse.Namespace, folder: Path
+) -> None:
+    """Print what was measured on each file. Pictures go into the model's folder."""
     from evaluation import score_file
 
     results = []
     for path in arguments.score:
         result = score_file(
             model, tokenizer, path, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
-            max_rows=arguments.max_rows, reference=reference,
+            max_rows=arguments.max_rows, reference=reference, plots=folder if model.config.scores else None,
         )  # fmt: skip
         if arguments.json:
             print(json.dumps(result, ensure_ascii=False), flush=True)
@@ -349,6 +354,12 @@ def print_table(results: list[Result]) -> None:
 
 
 def shown(value: object) -> str:
+    if isinstance(value, dict) and value and all(isinstance(each, dict) for each in value.values()):
+        return "\n".join(
+            f"{kind}: {each['accuracy']:.1%} of {each['pairs']} "
+            f"({each['accuracy_low']:.1%} to {each['accuracy_high']:.1%})"
+            for kind, each in value.items()
+        )
     if isinstance(value, dict):
         return "\n".join(f"{count:,} {reason}" for reason, count in value.items()) or "0"
     if isinstance(value, float):

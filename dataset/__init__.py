@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from dataset.batch import Batch, PairBatch
     from dataset.chat import Message, Rendered, parse_answer, render_chat
     from dataset.encode import build_dpo_loader, build_parts, build_pretrain_loader, build_rows, build_sft_loader
-    from dataset.forms import CONVERSATION, FORMS, LABELLED, PAIR, PROMPT, TEXT
+    from dataset.forms import CONVERSATION, FORMS, LABELLED, PAIR, PROMPT, SCORED, TEXT
     from dataset.loader import Loader
     from dataset.records import DataError
     from dataset.tokenizer import DEFAULT_TOKENIZER, TextTokenizer, Tokenizer, load_tokenizer
@@ -24,7 +24,7 @@ else:  # batches need torch, which takes a second to import and 150 MB; processe
                 "build_rows",
                 "build_sft_loader",
             ),
-            "dataset.forms": ("CONVERSATION", "FORMS", "LABELLED", "PAIR", "PROMPT", "TEXT"),
+            "dataset.forms": ("CONVERSATION", "FORMS", "LABELLED", "PAIR", "PROMPT", "SCORED", "TEXT"),
             "dataset.loader": ("Loader",),
             "dataset.records": ("DataError",),
             "dataset.tokenizer": ("DEFAULT_TOKENIZER", "TextTokenizer", "Tokenizer", "load_tokenizer"),
@@ -38,6 +38,7 @@ __all__ = [
     "LABELLED",
     "PAIR",
     "PROMPT",
+    "SCORED",
     "TEXT",
     "Batch",
     "DataError",

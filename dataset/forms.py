@@ -5,6 +5,7 @@
     {"chosen": [...], "rejected": [...]}   PAIR          chosen [...], rejected [...], prompt 7  7 tokens are shared
     {"conversations": [user], "gt": ["5"]} PROMPT        ids [...], row '{...}'                  nothing: answers come
     {"conversations": [...], "label": true}    LABELLED  the same, the answer chosen and nothing rejected, or reverse
+    {"chosen": [...], "rejected": [...]}   SCORED        as PAIR; what is learnt is a number of each answer, at its end
 
 A form knows JSON values and token ids; where a row stands (`path:line`) is known by who reads it (dataset/records.py),
 so what is wrong with a row is a ValueError here. A new form is a class here and a name in FORMS.
@@ -214,6 +215,7 @@ class PairForm(Form):
     token_columns = ("chosen", "rejected")
     other_columns: ClassVar[dict[str, pa.DataType]] = {"prompt": pa.int32()}
     rows = "PairRows"
+    last = 1  # tokens of a sequence beyond max_seq_len: the last is a label alone
 
     def check(self, row: Value) -> Value:
         if LABELLED.keys <= row.keys() and not is_pair(row):
@@ -264,7 +266,7 @@ class PairForm(Form):
     def encode(self, row: Value, tokenizer: TextTokenizer, max_seq_len: int, report: Report) -> Tokens | None:
         """Both answers after one rendering of the prompt; answers are cut at max_seq_len, prompts never. A side
         without an answer is the prompt alone."""
-        prompt, limit = self.prompt(row, tokenizer), max_seq_len + 1
+        prompt, limit = self.prompt(row, tokenizer), max_seq_len + self.last
         found = {side: self.side(messages, tokenizer) for side, messages in self.sides(row).items()}
         for side, ids in found.items():
             if ids[: len(prompt)] != prompt:
@@ -324,8 +326,24 @@ class LabelledForm(PairForm):
         return {"chosen" if row["label"] else "rejected": row["conversations"]}
 
 
+class ScoredForm(PairForm):
+    """A pair whose answers get a number each, where their last token is read: it is no label but an input."""
+
+    name, stage = "scored pair", "reward"
+    rows = "ScoredRows"
+    last = 0
+
+    def side(self, messages: list[Message], tokenizer: TextTokenizer) -> list[int]:
+        """As of a pair, without padding tokens at the end: where a tokenizer ends an answer with the token that it pads
+        with, transformers looks for the last one before it."""
+        ids = super().side(messages, tokenizer)
+        while ids and ids[-1] == tokenizer.pad_id:
+            ids.pop()
+        return ids
+
+
 TEXT, CONVERSATION, PAIR, PROMPT = TextForm(), ConversationForm(), PairForm(), PromptForm()
-LABELLED = LabelledForm()
+LABELLED, SCORED = LabelledForm(), ScoredForm()
 FORMS: tuple[Form, ...] = (TEXT, CONVERSATION, PAIR, PROMPT)
 """One a stage, by whose keys a row is told; of several that it fits, the first."""
 

@@ -167,6 +167,11 @@ class PairRows:
         """Numbers of the pairs in these rows, in the order of a batch."""
         return pieces_of(self.packing, row_ids)[1].tolist()
 
+    def learnt(self, laid: "Laid", shared: np.ndarray) -> np.ndarray:
+        """Which labels are, bool (tokens,): those that an answer's tokens are. shared: (tokens,), of each token's
+        pair."""
+        return laid.positions >= shared
+
     def collate(self, row_ids: list[int]) -> PairBatch:
         """Row numbers (EMPTY_ROW for padding) -> PairBatch of (len(row_ids), 2 * max_seq_len).
 
@@ -182,7 +187,7 @@ class PairRows:
         firsts = np.stack((np.zeros_like(shared), shared), 1).flatten()
         laid = lay_out(runs, firsts, np.repeat(row, 2), shape)
         run = np.repeat(np.arange(len(runs)), laid.lengths)  # 2 * pair, and 1 more on the rejected side
-        learnt = laid.positions >= np.repeat(shared, 2)[run]
+        learnt = self.learnt(laid, np.repeat(shared, 2)[run])
         segment = np.full(shape, -1)
         segment.flat[laid.places[learnt]] = run[learnt]
         places, lengths, tokens = branches(laid, firsts, np.repeat(np.arange(len(pairs)) * 2, 2), shape)
@@ -237,6 +242,37 @@ class Mismatched:
         other = int(self.other[i])
         prompt, answer = self.side[i][: self.prompt[i]], self.side[other][self.prompt[other] :]
         return np.concatenate((prompt, answer))[: self.limit]
+
+
+class ScoredRows(PairRows):
+    """Packed rows of pairs of which each answer gets one number, at its last token. That token is read like the others,
+    so a token that nobody looks at stands behind it as its label; `segment` and `learnt` are its places alone."""
+
+    def __init__(self, encoded: Encoded, max_seq_len: int, pad_id: int):
+        super().__init__(encoded, max_seq_len, pad_id)
+        self.fingerprint = f"{self.fingerprint}, last tokens"
+        self.sides = [WithLabel(side, pad_id) for side in self.sides]
+        self.lay(self.places(), 2 * max_seq_len)
+        self.reference = np.zeros((self.n_pairs, 0), dtype=np.float32)
+
+    def learnt(self, laid: "Laid", shared: np.ndarray) -> np.ndarray:
+        last = np.zeros(len(laid.inputs), dtype=bool)
+        last[laid.lengths.cumsum() - 1] = True
+        return last
+
+
+class WithLabel:
+    """Sequences with one token more at the end of each: with_label[i] -> (length of row i + 1,)."""
+
+    def __init__(self, sequences: Sequences, token: int):
+        self.sequences, self.token = sequences, token
+
+    def lengths(self) -> np.ndarray:
+        return self.sequences.lengths() + 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        ids = self.sequences[i]
+        return np.append(ids, ids.dtype.type(self.token))
 
 
 class PromptRows:

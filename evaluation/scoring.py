@@ -3,6 +3,7 @@
     {"text": ...}           -> {"form": "pretrain", "rows": 50, "loss": 3.21, "bits_per_byte": 1.35, ...}
     {"conversations": ...}  -> {"form": "full_sft", "rows": 50, "loss": 2.10, "exact_match": 0.12, ...}
     {"chosen", "rejected"}  -> {"form": "dpo", "rows": 50, "accuracy": 0.61, "margin": 4.7, ...}
+    the same, of a reward model -> {"form": "reward", "rows": 50, "accuracy": 0.94, "by_kind": {...}, ...}
 
 Rows are encoded by the code that encodes them for training, so the same ones are dropped and cut; both are counted.
 """
@@ -23,10 +24,12 @@ from dataset import DataError, TextTokenizer, render_chat
 from dataset.batch import IGNORE
 from dataset.columns import Report
 from dataset.encode import Rules, encode_row
-from dataset.forms import CONVERSATION, TEXT
+from dataset.forms import CONVERSATION, PAIR, SCORED, TEXT, Form
 from dataset.loader import supervise
 from dataset.records import Row, form_of, read_rows
+from evaluation.calibration import by_kind, draw, told_apart
 from evaluation.health import answer_ids, health
+from evaluation.reward_model import RewardModel
 from model import GPT
 
 OPEN_PROMPTS = 64  # of a file of pairs are answered
@@ -50,45 +53,45 @@ def score_file(
     max_new_tokens: int = 256,
     max_rows: int = 0,
     reference: GPT | None = None,
+    plots: str | Path | None = None,
 ) -> Result:
     """Score a JSONL file's rows, or its first `max_rows` (0: all), with a model in eval mode.
 
     Every result has file, form, rows (scored), `dropped` and `cut` (what happened to how many rows; as in training).
-
     pretrain: loss (nats a token) and perplexity over `<s> text </s>`, bits_per_byte = nats / ln 2 / UTF-8 bytes of the
         texts. A document longer than the context is scored in windows of max_seq_len, each starting without context;
         every token but `<s>` is predicted once. windowed_rows counts such documents.
-    full_sft: loss and perplexity over the supervised tokens, which `tokens` counts. exact_match: share of
-        generated_rows whose greedy answer is the final assistant turn (reasoning and tool calls included; outer white
-        space is not compared). Rows whose final turn is longer than max_new_tokens, or does not fit the context,
-        cannot match: they are not generated, and counted as too_long_to_generate. stopped: share of the answers that
-        ended by themselves.
+    full_sft: loss and perplexity over the supervised tokens, which `tokens` counts; and what `exact_matches` says.
     dpo: accuracy, the share of pairs whose chosen answer has the larger summed log-probability, and the mean margin
         between the two in nats. With `reference` also reward_accuracy and reward_margin, of DPO's implicit reward
         log p(answer) - log ref(answer) (Rafailov et al. 2023, arXiv:2305.18290, without beta), and length_ratio, the
         mean length of open answers over the reference's.
+    reward (pairs, of a model that scores): what `score_rewards` says, and a picture of it in the folder `plots`.
 
     Answers to conversations and to (at most 64 different) prompts of pairs are looked at as `evaluation.health` does:
     ended (called stopped for conversations), no_loops, distinct_2, answer_tokens.
 
     Raises DataError for a bad row, and ValueError where no row is left.
     """
-    path, form = str(path), form_of(path)
+    path, form = str(path), form_for(model, path)
     rules, report = Rules(form, model.config.max_seq_len), Report()
-    rows = islice(read_rows([path], form), max_rows or None)
-    both = ((row, encode_row(row, tokenizer, rules, report)) for row in rows)
+    read = islice(read_rows([path], form), max_rows or None)
+    both = ((row, encode_row(row, tokenizer, rules, report)) for row in read)
     encoded = [(row, tokens.columns) for row, tokens in both if tokens is not None]
-    dropped, cut = dict(report.dropped), dict(report.cut)
     if not encoded:
-        raise ValueError(f"{path}: no row is left to score; dropped: {dropped or 'none'}")
-    result = {"file": path, "form": form.stage, "rows": len(encoded), "dropped": dropped, "cut": cut}
+        raise ValueError(f"{path}: no row is left to score; dropped: {dict(report.dropped) or 'none'}")
+    counts = {"rows": len(encoded), "dropped": dict(report.dropped), "cut": dict(report.cut)}
+    result = {"file": path, "form": form.stage} | counts
     if form is TEXT:
         return result | score_text(model, encoded, batch_size)
+    if form is SCORED:
+        return result | score_rewards(RewardModel(model, tokenizer, batch_size), encoded, path, plots)
+    used = [row for row, _ in encoded]
     if form is CONVERSATION:
         result |= score_answers(model, encoded, batch_size)
-        return result | exact_matches(model, tokenizer, [row for row, _ in encoded], batch_size, max_new_tokens)
+        return result | exact_matches(model, tokenizer, used, batch_size, max_new_tokens)
     result |= score_pairs(model, encoded, batch_size, reference)
-    return result | open_answers(model, tokenizer, [row for row, _ in encoded], batch_size, max_new_tokens, reference)
+    return result | open_answers(model, tokenizer, used, batch_size, max_new_tokens, reference)
 
 
 # Losses ---------------------------------------------------------------------------------------------------------
@@ -174,13 +177,48 @@ def preference(values: Tensor, name: str) -> dict[str, float]:
     return {f"{name}accuracy": float((margin > 0).double().mean()), f"{name}margin": float(margin.mean())}
 
 
+# Scores ---------------------------------------------------------------------------------------------------------
+
+
+def form_for(model: GPT, path: str | Path) -> Form:
+    """How a file's rows are read for a model. Raises ValueError for rows that a reward model has nothing to say of."""
+    form = form_of(path)
+    if not model.config.scores:
+        return form
+    if form is not PAIR:
+        raise ValueError(f"{path}: found rows for train_{form.stage}.py, expected pairs for a reward model to score")
+    return SCORED
+
+
+def score_rewards(scorer: RewardModel, encoded: Encoded, path: str, plots: str | Path | None) -> Result:
+    """How well a reward model tells the answers of pairs apart, and how well it knows.
+
+    accuracy: the share of pairs whose chosen answer has the larger score, with its 95 % interval; mean margin;
+    calibration_error (calibration.py); by_kind: the same for rows of each "kind", where rows say one.
+    """
+    scores = scorer.score([columns[side] for _, columns in encoded for side in ("chosen", "rejected")]).view(-1, 2)
+    margins, kinds = scores[:, 0] - scores[:, 1], [str(row.value.get("kind", "pairs")) for row, _ in encoded]
+    result: Result = dict(told_apart(margins))
+    if len(set(kinds)) > 1:
+        result["by_kind"] = by_kind(margins, kinds)
+    if plots is not None:
+        result["plot"] = str(Path(plots) / f"calibration_{Path(path).stem}.png")
+        draw(margins, kinds, Path(result["plot"]), f"{len(margins):,} pairs of {Path(path).name}")
+    return result
+
+
 # Answers --------------------------------------------------------------------------------------------------------
 
 
 def exact_matches(
     model: GPT, tokenizer: TextTokenizer, rows: Sequence[Row], batch_size: int, max_new_tokens: int
 ) -> dict[str, float | None]:
-    """Greedy answers against the final assistant turns."""
+    """Greedy answers against the final assistant turns.
+
+    exact_match: share of generated_rows whose answer is that turn (reasoning and tool calls included; outer white space
+    is not compared). Rows whose final turn is longer than max_new_tokens, or does not fit the context, cannot match:
+    they are not generated, and counted as too_long_to_generate. stopped: share of the answers that ended by themselves.
+    """
     tasks = []
     for row in rows:
         prompt, expected = final_turn(tokenizer, row)

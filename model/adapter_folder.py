@@ -4,12 +4,14 @@
     base_folder("out/full_sft_512")                        Path("out/pretrain_512")
     load_adapter("out/full_sft_512", config)               LoRA(rank=16, ...), {"model.layers.0...lora_A": ..., ...}
 
-What PEFT saves is read the same way, where it is of a kind in ADAPTERS.
+What PEFT saves is read the same way, where it is of a kind in PEFT_TYPES. What we save knows its base by a hash of the
+weights (model/folder.py looks), and PEFT's does not.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,13 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.adapters import ADAPTERS, Adapter, Settings
+from model.adapters import PEFT_TYPES, Adapter, Settings
 from model.config import GPTConfig
 from model.files import compare, open_file, write_json
 from model.gpt import GPT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WITHIN = "base_model.model."  # what PEFT puts before the name of every parameter
+BASE_HASH = "base_hash"  # of the base's weights, among the metadata of the file, which PEFT does not look at
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -36,16 +39,17 @@ def save_adapter(adapter: Adapter, weights: Mapping[str, Tensor], folder: str | 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, adapter.to_peft())
-    named = {peft_name(name, adapter.theirs): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    stored = adapter.packed({name: tensor.detach().cpu() for name, tensor in weights.items()})
+    named = {peft_name(name, adapter.theirs): tensor.contiguous() for name, tensor in stored.items()}
     part = folder / f"{WEIGHTS}.part"
-    save_file(named, part, metadata={"format": "pt"})
+    save_file(named, part, metadata={"format": "pt", BASE_HASH: adapter.base_hash})
     os.replace(part, folder / WEIGHTS)
 
 
 def peft_name(name: str, theirs: Mapping[str, str]) -> str:
     """model.layers.0.self_attn.q_proj.lora_A -> base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"""
     path, _, last = name.rpartition(".")
-    return f"{WITHIN}{path}.{theirs.get(last, last)}"
+    return f"{WITHIN}{path}.{theirs.get(last, last)}" if path else name  # one of no module has no path there either
 
 
 def settings_of(folder: str | Path) -> Settings:
@@ -57,9 +61,8 @@ def settings_of(folder: str | Path) -> Settings:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    if str(settings.get("peft_type")).lower() not in ADAPTERS:
-        known = ", ".join(kind.upper() for kind in ADAPTERS)
-        raise ValueError(f"{path}: peft_type is {settings.get('peft_type')!r}; expected one of {known}")
+    if settings.get("peft_type") not in PEFT_TYPES:
+        raise ValueError(f"{path}: peft_type is {settings.get('peft_type')!r}; expected one of {', '.join(PEFT_TYPES)}")
     return settings
 
 
@@ -92,10 +95,11 @@ def load_adapter(folder: str | Path, config: GPTConfig) -> tuple[Adapter, dict[s
     Raises FileNotFoundError where a file is missing, and ValueError for what cannot be opened or does not fit the base.
     """
     folder, settings = Path(folder), settings_of(folder)
-    kind = ADAPTERS[settings["peft_type"].lower()]
+    kind = PEFT_TYPES[settings["peft_type"]]
     file: safe_open = open_file(folder / WEIGHTS)
     ours = {their: our for our, their in kind.theirs.items()}
-    found = {our_name(name, ours): name for name in file.keys()}  # noqa: SIM118  # not a dict
+    names = file.keys()
+    found = kind.unpacked({our_name(name, ours): file.get_tensor(name).float() for name in names}, config.n_layers)
     try:
         adapter: Adapter = kind.from_peft(settings, found, config.n_layers)
         with torch.device("meta"):
@@ -104,10 +108,10 @@ def load_adapter(folder: str | Path, config: GPTConfig) -> tuple[Adapter, dict[s
         raise ValueError(f"{folder / CONFIG}: the key {missing} is missing") from None
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
-    shapes = {name: tuple(file.get_slice(their).get_shape()) for name, their in found.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     wanted = {name: tuple(shape) for name, shape in learnt}
     compare(shapes, wanted, f"{folder / WEIGHTS}: the weights do not fit {CONFIG} and the base")
-    return adapter, {name: file.get_tensor(their).float() for name, their in found.items()}
+    return replace(adapter, base_hash=(file.metadata() or {}).get(BASE_HASH, "")), found
 
 
 def our_name(name: str, ours: Mapping[str, str]) -> str:

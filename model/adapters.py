@@ -5,9 +5,9 @@
     begun(weights, adapter, seed)                 weights of a plain network -> those, and first values of A and B
     merged(weights, adapter, learnt)              -> weights of a plain network that says what the adapted one says
 
-A module changes its class where it stands: its `weight` keeps name and place, so that everything that goes by names
-(files, roles, sharding) finds what it found before. A kind of adapter is a subclass of `Adapter` and its line in
-ADAPTERS.
+A module gets new parameters, or changes its class, where it stands: its `weight` keeps name and place, so that
+everything that goes by names (files, roles, sharding) finds what it found before. A kind of adapter is a subclass of
+`Adapter` and its line in ADAPTERS.
 """
 
 import math
@@ -31,6 +31,8 @@ VOCABULARY = ("model.embed_tokens", "lm_head")  # the modules with a row for eve
 MATRICES = ("lora_A", "lora_B", "adapter_down", "adapter_up")  # names of parameters that multiply
 A, B, MAGNITUDE, ROWS = "lora_A", "lora_B", "lora_magnitude_vector", "trainable_tokens_delta"
 PEFT_ROWS = f"token_adapter.{ROWS}"
+PREFIX, EMBEDDINGS = "model.layers.{}.self_attn.prefix", "prompt_embeddings"  # a layer's, and PEFT's name of them all
+PREFIX_STD = 0.02  # of first values
 INTO_RESIDUAL = ("self_attn.o_proj", "mlp.down_proj")
 
 
@@ -41,9 +43,11 @@ class Adapter(ABC):
     kind: ClassVar[str]
     theirs: ClassVar[dict[str, str]]  # PEFT's ends of the names of parameters, by ours
     merges: ClassVar[bool] = True  # whether a plain network can say what the adapted one says
+    chats: ClassVar[bool] = True  # whether control tokens are learnt unasked where a chat begins
 
     tokens: tuple[int, ...] = ()  # those whose rows of embedding and head are learnt
     base: str = ""  # the model folder that it stands on
+    base_hash: str = ""  # of that model's weights; not known of what PEFT has made
 
     @abstractmethod
     def install(self, network: nn.Module) -> None:
@@ -51,25 +55,44 @@ class Adapter(ABC):
 
     @abstractmethod
     def first(self, name: str, weight: Tensor, generator: torch.Generator) -> Iterator[Named]:
-        """First values of the parameters that stand beside the one of this name: the network says what it said."""
+        """First values of the parameters that stand beside the one of this name."""
 
     def merge(self, name: str, weight: Tensor, learnt: Mapping[str, Tensor]) -> Tensor:
         """The parameter of this name that does without those beside it. For kinds that merge."""
         raise ValueError(
             f"a {self.kind} adapter is no change of weights, so it cannot be merged into them; a stage goes on "
-            f"with it by --adapter {self.kind}"
+            f"with it by --adapter {self.kind}, and eval_model.py opens its folder as it is"
         )
+
+    def packed(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters as a file has them, where those are others than a network's."""
+        return dict(learnt)
+
+    @classmethod
+    def unpacked(cls, stored: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
+        """The inverse."""
+        return dict(stored)
+
+    @property
+    def prefix_length(self) -> int:
+        """Places that every document sees before its own."""
+        return 0
+
+    @property
+    def peft_type(self) -> str:
+        return self.kind.upper()
 
     def shared_settings(self) -> Settings:
         """What adapter_config.json says of every kind."""
-        rows = {path.rpartition(".")[2]: list(self.tokens) for path in VOCABULARY}
-        return {
-            "peft_type": self.kind.upper(),
+        settings: Settings = {
+            "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.base,
             "inference_mode": True,
-            "trainable_token_indices": rows if self.tokens else None,
         }
+        if self.tokens:
+            settings["trainable_token_indices"] = {path.rpartition(".")[2]: list(self.tokens) for path in VOCABULARY}
+        return settings
 
     @abstractmethod
     def to_peft(self) -> Settings: ...
@@ -289,6 +312,75 @@ def behind(module: nn.Linear, h: Tensor) -> Tensor:
     return module.behind(h) if isinstance(module, BottleneckLinear) else h
 
 
+# Prefixes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix(Adapter):
+    """Prefix tuning (Li & Liang 2021, arXiv:2101.00190, equation 3): every layer's attention sees so many places before
+    a document's own, whose keys and values are what is learnt. They are parameters themselves, which the paper makes
+    with a feed-forward network while it trains (`prefix_projection` in PEFT).
+
+    As in PEFT, keys are not turned by a position, and a document's own positions begin behind the prefix. A network
+    whose prefix is new does not say what it said: any key takes its share of attention.
+    """
+
+    kind: ClassVar[str] = "prefix"
+    theirs: ClassVar[dict[str, str]] = {ROWS: PEFT_ROWS}
+    merges: ClassVar[bool] = False
+    chats: ClassVar[bool] = False  # PEFT's prefix has no place for rows of tokens
+
+    length: int = 16
+
+    def install(self, network: nn.Module) -> None:
+        for path, module in network.named_modules():
+            if path.endswith("self_attn"):
+                width = cast(nn.Linear, module.k_proj).out_features
+                module.register_parameter("prefix", nn.Parameter(torch.empty(self.length, 2 * width)))
+
+    def first(self, name: str, weight: Tensor, generator: torch.Generator) -> Iterator[Named]:
+        if name.endswith("self_attn.k_proj.weight"):
+            prefix = torch.empty(self.length, 2 * len(weight))
+            yield name.replace("k_proj.weight", "prefix"), prefix.normal_(0, PREFIX_STD, generator=generator)
+
+    def packed(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(length, layers * 2 * kv_heads * head_dim): the layers beside each other."""
+        others = {name: tensor for name, tensor in learnt.items() if not name.endswith(".prefix")}
+        layers = [learnt[PREFIX.format(i)] for i in range(len(learnt) - len(others))]
+        return {EMBEDDINGS: torch.cat(layers, 1)} | others
+
+    @classmethod
+    def unpacked(cls, stored: Mapping[str, Tensor], n_layers: int) -> dict[str, Tensor]:
+        layers = stored[EMBEDDINGS].chunk(n_layers, 1) if EMBEDDINGS in stored else ()
+        found = {PREFIX.format(i): tensor for i, tensor in enumerate(layers)}
+        return found | {name: tensor for name, tensor in stored.items() if name != EMBEDDINGS}
+
+    @property
+    def prefix_length(self) -> int:
+        return self.length
+
+    @property
+    def peft_type(self) -> str:
+        """With rows of tokens it is another kind to PEFT, which would not see them and open the rest."""
+        return "PREFIX_TUNING_AND_TOKENS" if self.tokens else "PREFIX_TUNING"
+
+    def to_peft(self) -> Settings:
+        """PEFT fills in what follows from the base."""
+        return self.shared_settings() | {"num_virtual_tokens": self.length, "prefix_projection": False}
+
+    @classmethod
+    def from_peft(cls, settings: Settings, names: Iterable[str], n_layers: int) -> "Prefix":
+        """One that was learnt by way of a feed-forward network was saved without it, as what that made."""
+        base = settings.get("base_model_name_or_path") or ""
+        return cls(length=settings["num_virtual_tokens"], tokens=tokens_in(settings), base=base)
+
+
+class Prefixed(nn.Module):
+    """What a network's decoder says of a prefix."""
+
+    prefix_length: int  # places that are seen
+
+
 # Rows of tokens, of every kind ---------------------------------------------------------------------------------------
 
 
@@ -341,7 +433,8 @@ def effective_weight(module: nn.Linear | nn.Embedding) -> Tensor:
 
 # All kinds ----------------------------------------------------------------------------------------------------------
 
-ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "bottleneck": Bottleneck}
+ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "bottleneck": Bottleneck, "prefix": Prefix}
+PEFT_TYPES = {kind(tokens=tokens).peft_type: kind for kind in ADAPTERS.values() for tokens in ((), (0,))}
 ADAPTED = (LoRALinear, BottleneckLinear, LearntRows)  # classes of modules that something stands beside
 
 
@@ -364,9 +457,12 @@ def switched_off(network: N) -> Iterator[N]:
     }
     for module in adapted:
         module.__class__ = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
+    decoder = cast(Prefixed, network.get_submodule("model"))
+    length, decoder.prefix_length = decoder.prefix_length, 0
     try:
         yield network
     finally:
+        decoder.prefix_length = length
         for module, kind in adapted.items():
             module.__class__ = kind
 

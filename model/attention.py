@@ -8,6 +8,9 @@ Every kernel takes (rows, sequence, heads, head_dim), the keys and values of few
 
 A mask over a row computes what it hides: for documents of 150 tokens in rows of 512, two thirds of it. The two fast
 ways are told by a `Layout` where documents lie, so they leave that out.
+
+A prefix (model/adapters.py) is keys and values of so many places that every sequence sees before its own. Its keys are
+learnt as they are, and are not turned; the tokens' positions begin behind it.
 """
 
 import inspect
@@ -46,6 +49,15 @@ class Layout:
     tokens: Tensor | None = None  # int64 (rows * sequence,): which of those tokens belongs to a place
 
 
+@dataclass
+class Joined:
+    """The keys of a layout whose sequences each begin with a prefix."""
+
+    cu_seqlens: Tensor  # int32 (sequences + 1,)
+    longest: int
+    index: Tensor  # int64 (keys,): which row each is, of the prefix's and then all tokens'
+
+
 def visible(position_ids: Tensor) -> Tensor:
     """What each place sees, from positions alone: (rows, sequence) -> bool (rows, 1, queries, keys).
 
@@ -74,19 +86,33 @@ class Context:
     cos: Tensor  # float32 (rows, sequence, 1, head_dim / 2), of every position's angles
     sin: Tensor
     dropout: float = 0.0
-    mask: Tensor | None = None  # bool (rows, 1, queries, keys)
+    mask: Tensor | None = None  # bool (rows, 1, queries, prefix's keys and keys)
     layout: Layout | None = None  # for the kernel of any length
+    joined: Joined | None = None  # beside it, where there is a prefix
     blocks: "Blocks | None" = None  # for the one in blocks
+    prefix: int = 0  # places that every sequence sees before its own
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-    """Queries and keys turned by their positions, then softmax(q k^T / sqrt(head_dim)) v over what each place sees."""
+Before = tuple[Tensor, Tensor]  # a prefix's keys and values, each (places, kv_heads, head_dim)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, prefix: Tensor | None = None) -> Tensor:
+    """Queries and keys turned by their positions, then softmax(q k^T / sqrt(head_dim)) v over what each place sees.
+
+    prefix: (places, 2 * kv_heads * head_dim), keys beside values; looked at where the context says so.
+    """
+    before = None if prefix is None or not context.prefix else split_prefix(prefix.to(k.dtype), k.shape[3])
     if context.blocks is not None:
-        return attend_in_blocks(q, k, v, context, context.blocks)
+        return attend_in_blocks(q, k, v, context, context.blocks, before)
     q, k = (apply_rotary(x, context.cos, context.sin) for x in (q, k))
     if context.layout is not None:
-        return attend_varlen(q, k, v, context.layout)
-    return attend_masked(q, k, v, context.mask, context.dropout)
+        return attend_varlen(q, k, v, context.layout, context.joined, before)
+    return attend_masked(q, k, v, context.mask, context.dropout, before)
+
+
+def split_prefix(prefix: Tensor, head_dim: int) -> Before:
+    keys, values = prefix.unflatten(1, (2, -1, head_dim)).unbind(1)
+    return keys, values
 
 
 def prepare(
@@ -96,17 +122,21 @@ def prepare(
     shape: GPTConfig,
     dtype: torch.dtype,
     dropout: float,
+    prefix: int = 0,
 ) -> Context:
     """The way to take for a batch. Without a layout it is the mask of `visible`; without positions every row is one
-    document. dtype: of queries and keys."""
+    document. dtype: of queries and keys; prefix: places that every document sees before its own."""
+    whole = position_ids is None
     if position_ids is None:
-        return Context(*rotary(torch.arange(ids.shape[1], device=ids.device)[None], shape), dropout)
-    turns = rotary(position_ids, shape)
+        position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+    made = partial(Context, *rotary(position_ids + prefix, shape), prefix=prefix)
+    if whole and not prefix:
+        return made(dropout)
     if layout is not None and has_varlen(ids.device, dtype, dropout):
-        return Context(*turns, layout=layout)
+        return made(layout=layout, joined=join(layout, prefix, ids.numel()) if prefix else None)
     if layout is not None and ids.device.type == "cpu":
-        return Context(*turns, dropout, blocks=plan_blocks(layout, shape.n_heads, shape.n_kv_heads))
-    return Context(*turns, dropout, visible(position_ids))
+        return made(dropout, blocks=plan_blocks(layout, shape.n_heads, shape.n_kv_heads, prefix))
+    return made(dropout, F.pad(visible(position_ids), (prefix, 0), value=True))
 
 
 # Positions ------------------------------------------------------------------------------------------------------
@@ -146,8 +176,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # The plain formula ----------------------------------------------------------------------------------------------
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, before: Before | None = None
+) -> Tensor:
     """The plain formula under a mask; without one, every place sees its row up to itself."""
+    if before is not None:
+        k, v = (torch.cat((x.expand(len(own), *x.shape), own), 1) for x, own in zip(before, (k, v), strict=True))
     if q.is_cuda:
         # shared keys together with a mask, or in float32, would be the slow kernel of the last resort there
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
@@ -171,16 +205,34 @@ def has_varlen(device: torch.device, dtype: torch.dtype, dropout: float) -> bool
     )
 
 
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """FlashAttention over sequences of any length (Dao 2023, arXiv:2307.08691); shapes do not depend on lengths."""
-    shape, ends = q.shape, layout.cu_seqlens
-    if not VARLEN_GQA:
-        k, v = (x.repeat_interleave(shape[2] // x.shape[2], 2) for x in (k, v))
+def attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, joined: Joined | None = None, before: Before | None = None
+) -> Tensor:
+    """FlashAttention over sequences of any length (Dao 2023, arXiv:2307.08691); shapes do not depend on lengths. Where
+    there are more keys than queries, the last of either stand at one place, so that all see a prefix."""
+    shape, seen = q.shape, joined or layout
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if layout.places is not None:
         q, k, v = (x.index_select(0, layout.places) for x in (q, k, v))
-    out = varlen(q, k, v, ends, ends, layout.longest, layout.longest)
+    if before is not None and joined is not None:
+        k, v = (torch.cat(both).index_select(0, joined.index) for both in zip(before, (k, v), strict=True))
+    if not VARLEN_GQA:
+        k, v = (x.repeat_interleave(shape[2] // x.shape[1], 1) for x in (k, v))
+    out = varlen(q, k, v, layout.cu_seqlens, seen.cu_seqlens, layout.longest, seen.longest)
     return (out if layout.tokens is None else out.index_select(0, layout.tokens)).view(shape)
+
+
+def join(layout: Layout, prefix: int, places: int) -> Joined:
+    """A prefix of so many places before every sequence. places: rows * sequence. The host waits for nothing."""
+    cu, tokens = layout.cu_seqlens, places if layout.places is None else len(layout.places)
+    sequences = len(cu) - 1
+    joined = cu + prefix * torch.arange(sequences + 1, device=cu.device)
+    key = torch.arange(tokens + prefix * sequences, device=cu.device)
+    # behind the last sequence there may be tokens of none
+    sequence = torch.searchsorted(joined[1:], key, right=True).clamp(max=sequences - 1)
+    within = key - joined[sequence]
+    index = torch.where(within < prefix, within, within + cu[sequence])  # prefix + a token's number
+    return Joined(joined.int(), layout.longest + prefix, index)
 
 
 # CPU ------------------------------------------------------------------------------------------------------------
@@ -198,8 +250,8 @@ class Group:
 class Blocks:
     """A plan of attention in blocks, made once a forward pass and followed by all layers.
 
-    Queries, keys and values are gathered from tables that have a row for every head of keys and place, head by head;
-    the queries that share a key stand in one row.
+    Queries, keys and values are gathered from tables that have a row for every head of keys and place, head by head
+    (and behind those likewise for the places of a prefix); the queries that share a key stand in one row.
     """
 
     groups: list[Group]
@@ -208,11 +260,11 @@ class Blocks:
     results: Tensor  # int64 (places * kv_heads,): which result belongs to a place and head
 
 
-def plan_blocks(layout: Layout, heads: int, kv_heads: int) -> Blocks:
+def plan_blocks(layout: Layout, heads: int, kv_heads: int, prefix: int = 0) -> Blocks:
     """Cut sequences into blocks of queries; those that see equally many blocks of keys are computed together.
 
     What comes after a query in its own block is hidden by the bias, the same for all blocks. So is what lies behind the
-    end of a sequence, where its last token stands once more.
+    end of a sequence, where its last token stands once more. A prefix is so many more keys before the others.
     """
     starts, lengths = layout.cu_seqlens[:-1].long(), layout.cu_seqlens.diff().long()
     lasts, total = starts + lengths - 1, int(lengths.sum())
@@ -222,6 +274,7 @@ def plan_blocks(layout: Layout, heads: int, kv_heads: int) -> Blocks:
     # a prompt's blocks are left out where they belong to another sequence
     owned = F.pad(torch.zeros(total, dtype=torch.long).index_fill_(0, belongs, 1).cumsum(0), (1, 0))
     head = torch.arange(kv_heads)[:, None, None] * len(belongs)  # where its rows begin in the tables
+    before = (kv_heads * len(belongs) + torch.arange(kv_heads * prefix)).view(kv_heads, 1, prefix)
     result, stride = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.long)
     groups: list[Group] = []
     queries: list[Tensor] = []
@@ -237,9 +290,9 @@ def plan_blocks(layout: Layout, heads: int, kv_heads: int) -> Blocks:
         result[asked[real]] = done + torch.arange(len(asked))[real]
         stride[asked[real]] = len(asked)
         done += kv_heads * len(asked)
-        groups.append(Group(kv_heads * len(seen), causal_bias(size, first, heads // kv_heads)))
+        groups.append(Group(kv_heads * len(seen), causal_bias(size, prefix + first, heads // kv_heads)))
         queries.append((head + places[seen[:, first:]]).flatten())
-        keys.append((head + places[seen]).flatten())
+        keys.append(torch.cat((before.expand(-1, len(seen), -1), head + places[seen]), 2).flatten())
     results = result[belongs, None] + stride[belongs, None] * torch.arange(kv_heads)
     return Blocks(groups, torch.cat(queries), torch.cat(keys), results.flatten())
 
@@ -251,7 +304,9 @@ def causal_bias(size: int, first: int, shared: int) -> Tensor:
 
 
 @torch.compiler.disable  # shapes follow the documents: nothing to gain from a graph for each
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, context: Context, blocks: Blocks) -> Tensor:
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, context: Context, blocks: Blocks, before: Before | None = None
+) -> Tensor:
     """Exact attention at the cost of what is seen, in float32 whatever comes in."""
     kv_heads, width = k.shape[2:]
     cos, sin = context.cos.flatten(0, 1), context.sin.flatten(0, 1)
@@ -264,7 +319,9 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, context: Context, blocks: 
 
     counts = [(group.count, *group.bias.shape[1:]) for group in blocks.groups]
     shared = q.shape[2] // kv_heads
-    rows = (table(k, turned=True), table(v, turned=False))
+    rows = [table(k, turned=True), table(v, turned=False)]
+    if before is not None:
+        rows = [torch.cat((own, x.transpose(0, 1).flatten(0, 1).float())) for own, x in zip(rows, before, strict=True)]
     seen = [each.index_select(0, blocks.keys).split([n * keys for n, _, keys in counts]) for each in rows]
     asked = table(q, turned=True, scale=width**-0.5).index_select(0, blocks.queries)
     asked = asked.split([n * queries // shared for n, queries, _ in counts])

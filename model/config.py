@@ -4,7 +4,8 @@
     GPTConfig(dim=512, n_layers=8).to_hf()             {"model_type": "llama", "hidden_size": 512, ...}
     GPTConfig.from_hf(json.load(open("config.json")))  the same object again
 
-`qk_norm` decides the family: with it the network is a Qwen3, without it a Llama.
+`qk_norm` decides the family: with it the network is a Qwen3, without it a Llama. `scores` decides the head: with it
+the network says one number of a text, as a reward model does, and writes none.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROPE_TYPES = ("default", "linear", "llama3")
+SCORES = "ForSequenceClassification"  # end of the name of an architecture with a head for labels: here, of one
 HFConfig = dict[str, Any]  # a Hugging Face config.json, or an object in it
 
 
@@ -38,6 +40,7 @@ class GPTConfig:
     qk_norm: bool = False
     dropout: float = 0.0
     rope_scaling: HFConfig | None = None  # Hugging Face's keys; types "linear" and "llama3"
+    scores: bool = False  # a head of one row, in place of the vocabulary's
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
@@ -85,14 +88,17 @@ class GPTConfig:
         """N, the parameters of matrix products."""
         assert self.head_dim is not None and self.ffn_dim is not None
         attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
-        return self.n_layers * (attention + 3 * self.dim * self.ffn_dim) + self.dim * self.vocab_size
+        head = 1 if self.scores else self.vocab_size
+        return self.n_layers * (attention + 3 * self.dim * self.ffn_dim) + self.dim * head
 
     def to_hf(self) -> HFConfig:
         """The contents of config.json: a Llama, or a Qwen3 where qk_norm is set."""
         family = "qwen3" if self.qk_norm else "llama"
+        architecture = ("Qwen3" if self.qk_norm else "Llama") + (SCORES if self.scores else "ForCausalLM")
+        label = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if self.scores else {}
         rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
         return {
-            "architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
+            "architectures": [architecture],
             "model_type": family,
             "vocab_size": self.vocab_size,
             "hidden_size": self.dim,
@@ -116,7 +122,7 @@ class GPTConfig:
             "use_cache": True,
             "dtype": "float32",
             "torch_dtype": "float32",
-        }
+        } | label
 
     @classmethod
     def from_hf(cls, hf: HFConfig) -> "GPTConfig":
@@ -129,6 +135,12 @@ class GPTConfig:
                 raise ValueError(f"config.json sets {key}; networks with it are not supported")
         if hf.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json sets hidden_act {hf['hidden_act']!r}; only 'silu' is supported")
+        scores = any(name.endswith(SCORES) for name in hf.get("architectures") or [])
+        labels = len(hf.get("id2label") or "ab")  # transformers leaves id2label out where there are two
+        if scores and labels != 1:
+            raise ValueError(
+                f"config.json has a head for {labels} labels; only a reward model's can be opened, for one"
+            )
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         rope.setdefault("rope_type", rope.pop("type", "default"))
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
@@ -149,4 +161,11 @@ class GPTConfig:
             tie_embeddings=hf.get("tie_word_embeddings", False),
             qk_norm=qwen3,
             rope_scaling=None if rope["rope_type"] == "default" else rope,
+            scores=scores,
         )
+
+
+def check_writes(config: GPTConfig, what: str = "this model") -> None:
+    """Raise ValueError, which begins with `what`, for a network whose head gives a score in place of tokens."""
+    if config.scores:
+        raise ValueError(f"{what} is a reward model: it scores answers and writes none; give one that writes")

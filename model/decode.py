@@ -12,7 +12,7 @@ It reads the weights of a `GPT` when it is made, and computes what `GPT.forward`
 forward pass is its plain twin. What is different, and why:
 
 - A token's place in the cache is its position, whatever the lengths of the prompts, so nothing is padded: prompts go
-  through the matrices end to end, and only attention sees them side by side.
+  through the matrices end to end, and only attention sees them side by side. A prefix has the first places of all rows.
 - The cache is allocated once and written in place. On a GPU all shapes stay the same from step to step, so that a step
   is recorded once as a CUDA graph and replayed.
 - Queries that share a key are given to attention as if they were a sequence, so that keys are never expanded.
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.adapters import behind, effective_weight
-from model.attention import apply_rotary, rotary
+from model.attention import apply_rotary, rotary, split_prefix
 from model.gpt import GPT, Block
 
 # not cuDNN's attention: it makes a plan for every shape it meets
@@ -68,7 +68,9 @@ class CachedGPT:
     ) -> None:
         config, head = model.config, model.head_weight
         assert config.head_dim is not None
-        self.model, self.prompts, self.capacity, self.head_dim = model, prompts, capacity, config.head_dim
+        self.model, self.prompts, self.head_dim = model, prompts, config.head_dim
+        self.prefix = model.model.prefix_length  # places taken before a row's first token
+        self.capacity = capacity = self.prefix + capacity
         self.copies, rows = copies, len(prompts) * copies
         self.device, self.dtype = head.device, head.dtype
         self.static = self.device.type == "cuda" if static is None else static
@@ -88,7 +90,11 @@ class CachedGPT:
             narrow = self.device.type == "cpu" and self.dtype.itemsize < 4
             self.cache_dtype = torch.float32 if narrow else self.dtype
             self.cache = torch.zeros(shape, device=self.device, dtype=self.cache_dtype)
-        self.lengths = [len(prompt) for prompt in prompts]  # tokens in the cache
+            for layer, block in zip(self.cache, self.blocks, strict=True):
+                if self.prefix and block.self_attn.prefix is not None:
+                    before = torch.stack(split_prefix(block.self_attn.prefix, config.head_dim))
+                    layer[:, :, :, : self.prefix] = before.transpose(1, 2)[:, None]
+        self.lengths = [self.prefix + len(prompt) for prompt in prompts]  # places taken in the cache
         self.set_rows()
 
     def set_rows(self) -> None:
@@ -107,10 +113,10 @@ class CachedGPT:
         """Take in the prompts: logits of what follows each, (rows, vocabulary)."""
         with torch.inference_mode(), sdpa_kernel(BACKENDS):
             ids = torch.tensor([token for prompt in self.prompts for token in prompt], device=self.device)
-            lengths = self.positions
+            lengths = self.positions - self.prefix
             rows = torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths)
             ends = lengths.cumsum(0)
-            positions = torch.arange(len(ids), device=self.device) - (ends - lengths)[rows]
+            positions = torch.arange(len(ids), device=self.device) - (ends - lengths)[rows] + self.prefix
             longest = max(self.lengths)
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

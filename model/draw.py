@@ -34,7 +34,7 @@ def draw(
     uniforms: Tensor,
     *,
     copies: int,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     temperature: float,
     stop_ids: Sequence[int],
     vocab_size: int | None = None,
@@ -42,11 +42,14 @@ def draw(
     """`copies` answers to each prompt, those to the first one first.
 
     uniforms: float32 (prompts * copies, max_new_tokens) in [0, 1), what the tokens of each answer are drawn by.
+    max_new_tokens: of every answer, or of those to each prompt.
     Ids from `vocab_size` (the tokenizer's) on are never drawn. Every prompt leaves room for a token in the context.
     """
-    room = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts for _ in range(copies)]
+    context = model.config.max_seq_len
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    room = [min(n, context - len(prompt)) for prompt, n in zip(prompts, limits, strict=True) for _ in range(copies)]
     longest = max(len(prompt) for prompt in prompts)
-    network = CachedGPT(model, prompts, min(longest + max_new_tokens, model.config.max_seq_len), copies=copies)
+    network = CachedGPT(model, prompts, min(longest + max(limits), context), copies=copies)
     answers, rows = [Drawn() for _ in room], list(range(len(room)))  # which answer each row of the batch is
     uniforms = uniforms.to(network.device)
     logits = network.prefill().repeat_interleave(copies, 0)

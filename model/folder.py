@@ -2,6 +2,7 @@
 
     save_pretrained(model, "out/pretrain_512")            AutoModelForCausalLM.from_pretrained opens it, no custom code
     load_pretrained("out/pretrain_512")                   a GPT in eval mode; also opens Llama and Qwen3 folders
+    load_pretrained("out/reward_512")                     one that scores; AutoModelForSequenceClassification opens it
 
 Weights are read from safetensors only (a pickle can run code), and every key must be there in its shape. A folder of an
 adapter opens as the plain model that it makes of its base.
@@ -11,10 +12,11 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,7 +48,8 @@ def save_pretrained(
     tokens = {key: value for key, value in tokens.items() if value is not None}
     write_json(folder / "config.json", model.config.to_hf() | tokens)
     sampling: dict[str, object] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
-    write_json(folder / "generation_config.json", sampling | tokens)
+    if not model.config.scores:
+        write_json(folder / "generation_config.json", sampling | tokens)
     weights = model.state_dict() if weights is None else weights
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     part = folder / "model.safetensors.part"
@@ -80,11 +83,12 @@ def load_pretrained(
     kind that does not merge stays beside the weights, and must be the last.
 
     Raises FileNotFoundError where a file is missing and ValueError, listing the keys, where the weights are not
-    exactly those of config.json.
+    exactly those of config.json, and where the first adapter was learnt on other weights. Those after it change what it
+    has made of the base, and nobody can say whether that is what they were learnt on.
     """
     config = load_config(folder)
     stacked = [*([folder] if is_adapter(folder) else []), *adapters]
-    weights: Iterable[Named] = folder_weights(base_folder(folder) if is_adapter(folder) else folder, config)
+    weights: Iterable[Named] = base_weights(folder, stacked[0], config) if stacked else folder_weights(folder, config)
     beside: Adapter | None = None
     for each in stacked:
         if beside is not None:
@@ -117,7 +121,7 @@ def folder_weights(folder: str | Path, config: GPTConfig) -> Iterator[Named]:
     the first tensor is read."""
     if is_adapter(folder):
         adapter, learnt = load_adapter(folder, config)
-        yield from merged(folder_weights(base_folder(folder), config), adapter, learnt)
+        yield from merged(base_weights(folder, folder, config), adapter, learnt)
         return
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in GPT(config).named_parameters()}
@@ -127,6 +131,37 @@ def folder_weights(folder: str | Path, config: GPTConfig) -> Iterator[Named]:
         check_weights(holder, wanted, config.tie_embeddings, folder)
         for name in wanted:
             yield name, holder[name].get_tensor(name).float()
+
+
+def base_weights(folder: str | Path, adapter: str | Path, config: GPTConfig) -> Iterator[Named]:
+    """Weights of a model folder, or of an adapter's base, for the adapter of the second folder to stand on.
+
+    Raises ValueError, behind the last of them, where that was learnt on others.
+    """
+    base = base_folder(folder) if is_adapter(folder) else folder
+    expected, digest = load_adapter(adapter, config)[0].base_hash, xxhash.xxh3_128()
+    for name, weight in folder_weights(base, config):
+        absorb(digest, name, weight)
+        yield name, weight
+    if expected and digest.hexdigest() != expected:
+        raise ValueError(
+            f"{adapter} was learnt on other weights than {base} has: their hash is {digest.hexdigest()}, expected "
+            f"{expected}. Put back the model that it was learnt on, or say where it is (base_model_name_or_path in "
+            "adapter_config.json, or --model), or learn the adapter anew on this one"
+        )
+
+
+def weights_hash(weights: Callable[[], Iterable[Named]]) -> str:
+    """Hash of all weights, by name."""
+    digest = xxhash.xxh3_128()
+    for name, weight in weights():
+        absorb(digest, name, weight)
+    return digest.hexdigest()
+
+
+def absorb(digest: xxhash.xxh3_128, name: str, weight: Tensor) -> None:
+    digest.update(name.encode())
+    digest.update(weight.contiguous().numpy().tobytes())
 
 
 def weight_files(folder: Path) -> list[Path]:

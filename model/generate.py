@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model.config import check_writes
 from model.decode import CachedGPT
 from model.gpt import GPT
 
@@ -103,6 +104,7 @@ def check_arguments(
     top_p: float,
     repetition_penalty: float,
 ) -> None:
+    check_writes(model.config)
     if not prompts:
         raise ValueError("no prompt was given")
     for row, prompt in enumerate(prompts):

@@ -12,7 +12,7 @@ padding (single-token documents of position 0) nothing special. Generation has a
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -76,6 +76,8 @@ class RMSNormOnCPU(torch.autograd.Function):
 class Attention(nn.Module):
     """Grouped-query attention: n_heads queries share n_kv_heads keys and values."""
 
+    prefix: nn.Parameter | None  # (places, 2 * kv_heads * head_dim), an adapter's
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         assert config.head_dim is not None
@@ -89,6 +91,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.qk_norm = config.qk_norm
+        self.register_parameter("prefix", None)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, sequence, _ = x.shape
@@ -96,7 +99,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).view(batch, sequence, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(q, k, v, context).reshape(batch, sequence, -1))
+        return self.o_proj(attend(q, k, v, context, self.prefix).reshape(batch, sequence, -1))
 
 
 class MLP(nn.Module):
@@ -139,11 +142,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.grad_checkpointing = False
+        self.prefix_length = 0  # places that every document sees before its own, and positions begin behind
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None, layout: Layout | None) -> Tensor:
         x = self.embed_tokens(input_ids)
         dropout = self.config.dropout if self.training else 0.0
-        context = prepare(input_ids, position_ids, layout, self.config, computed_in(self.embed_tokens.weight), dropout)
+        dtype = computed_in(self.embed_tokens.weight)
+        context = prepare(input_ids, position_ids, layout, self.config, dtype, dropout, self.prefix_length)
         for block in self.layers:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)
@@ -169,18 +174,21 @@ class GPT(nn.Module):
         self.config, self.adapter = config, adapter
         self.model = Decoder(config)
         # tied: the embedding is the head, and there is no second name for it anywhere, files included
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        tied = config.tie_embeddings or config.scores
+        self.lm_head = None if tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.score = nn.Linear(config.dim, 1, bias=False) if config.scores else None
         self.compiled: Compiler = as_it_is
         roles = self.roles()
         for name, parameter in self.named_parameters():
             init_weight(name, parameter, roles[name], config)
         if adapter is not None:
             install(adapter, self)
+            self.model.prefix_length = adapter.prefix_length
 
     @property
     def head_weight(self) -> Tensor:
-        """(vocabulary, dim)."""
-        module = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        """(vocabulary, dim); (1, dim) of a network that scores."""
+        module = self.score or self.lm_head or self.model.embed_tokens
         return module.weight if self.adapter is None else effective_weight(module)
 
     def num_parameters(self, learnt: bool = False) -> int:
@@ -211,8 +219,9 @@ class GPT(nn.Module):
 
     def roles(self) -> "dict[str, Role]":
         """What every parameter is for, by name. It looks at modules, not shapes, so it holds for a sharded model."""
+        heads = (self.lm_head, self.score)
         return {
-            f"{path}.{name}".removeprefix("."): Role.HEAD if module is self.lm_head else role_in(module, name)
+            f"{path}.{name}".removeprefix("."): Role.HEAD if module in heads else role_in(module, name)
             for path, module in self.named_modules()
             for name, _ in module.named_parameters(recurse=False)
         }
@@ -227,7 +236,8 @@ class GPT(nn.Module):
         learnt: Tensor | None = None,
         criterion: "Criterion | None" = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Logits (batch, sequence, vocabulary); or, with labels, the losses of the single tokens.
+        """Logits (batch, sequence, vocabulary) or scores (batch, sequence, 1); or, with labels, the losses of single
+        tokens.
 
         Args:
             input_ids: (batch, sequence).
@@ -306,6 +316,14 @@ def fresh_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
         yield name, init_weight(name, torch.empty(parameter.shape), roles[name], config, generator)
 
 
+def with_score(weights: Iterable[tuple[str, Tensor]], config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a network that writes -> of one that scores: first values of its one row, the same for one seed, in
+    place of the vocabulary's head."""
+    yield from ((name, weight) for name, weight in weights if name != "lm_head.weight")
+    generator = torch.Generator().manual_seed(seed)
+    yield "score.weight", init_weight("score.weight", torch.empty(1, config.dim), Role.HEAD, config, generator)
+
+
 # What is made of hidden states, which is a loss: of (tokens, dim), the head's (vocabulary, dim) and (tokens,) targets.
 # The logits of all tokens are larger than all else in a small model, so they are made and dropped a chunk at a time.
 
@@ -362,6 +380,15 @@ def nll_by_place(places: Places, batch: object = None) -> tuple[Tensor]:
     nll = ChunkedNLL.apply(places.hidden, places.weight, places.cross_entropy())
     everywhere = torch.zeros(places.shape.numel(), device=nll.device)
     return (everywhere.index_copy(0, places.learnt, nll).view(places.shape),)
+
+
+def score_by_place(places: Places, batch: object = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What a head of one row says at the places that learn: float32 (rows, sequence), 0 elsewhere, behind a sum of
+    -log p and of another loss, of which there are none."""
+    scores = F.linear(places.hidden.float(), places.weight.float())[:, 0]
+    everywhere = scores.new_zeros(places.shape.numel())
+    none = scores.new_zeros(())
+    return none, none, everywhere.index_copy(0, places.learnt, scores).view(places.shape)
 
 
 def summed_nll(places: Places, batch: object = None) -> tuple[Tensor]:

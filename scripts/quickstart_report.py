@@ -30,7 +30,8 @@ from evaluation.health import answer as answers_of
 from evaluation.health import health
 from evaluation.scoring import Result, score_file
 from model import load_pretrained
-from training.rollout import Sampling, pass_at, roll_out
+from training.groups import Sampling
+from training.rollout import pass_at, roll_out
 
 STAGES = ("pretrain", "full_sft", "dpo", "grpo")  # of scripts/quickstart.sh
 SAMPLE = Path(__file__).parent.parent / "dataset" / "sample"

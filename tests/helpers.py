@@ -29,6 +29,8 @@ KTO = ["--loss_type", "kto", "--run_name", "kto_32"]  # a loss with an update's 
 ROLLOUTS = ["--group_size", "4", "--max_new_tokens", "12", "--eval_rows", "4"]
 # DoRA and the control tokens are part of it: more that must be right at once
 LORA = ["--adapter", "lora", "--lora_rank", "4", "--lora_dora", "--train_control_tokens"]
+BOTTLENECK = ["--adapter", "bottleneck", "--bottleneck_size", "3"]
+PREFIX = ["--adapter", "prefix", "--prefix_length", "3", "--train_control_tokens"]
 WORDS = (
     "the", "a", "red", "blue", "small", "old", "cat", "dog", "fox", "bird", "sees", "likes", "finds", "near", "under",
     "house", "tree", "river", "and", "then", "again", "猫", "狗", "看见", "喜欢", "红色", "房子",
@@ -63,6 +65,7 @@ def make_data(folder: Path, rows: int = 60, seed: int = 0) -> dict[str, Path]:
         "dpo": write_jsonl(folder / "dpo.jsonl", pairs),
         "distill": folder / "sft.jsonl",
         "kto": write_jsonl(folder / "kto.jsonl", labelled),
+        "reward": folder / "dpo.jsonl",
         "grpo": folder / "sft.jsonl",
     }
 
@@ -215,16 +218,17 @@ def make_teacher(folder: Path, **shape: Any) -> Path:
 
 def stage_flags(base: Path, stage: str, out: Path) -> list[Any]:
     """One stage (or kto, which is dpo's) on the data and starting model of `train_start(base)`, every step logged."""
-    data = {"pretrain": "pretrain.jsonl", "dpo": "dpo.jsonl", "kto": "kto.jsonl"}.get(stage, "sft.jsonl")
+    data = {"pretrain": "pretrain.jsonl", "dpo": "dpo.jsonl", "kto": "kto.jsonl", "reward": "dpo.jsonl"}
     start = {
         "pretrain": TINY,
         "full_sft": ["--init_from", base / "start/pretrain_32"],
         "dpo": ["--init_from", base / "start/full_sft_32"],
         "distill": ["--init_from", base / "start/pretrain_32", "--teacher", base / "start/teacher"],
         "kto": ["--init_from", base / "start/full_sft_32"],
+        "reward": ["--init_from", base / "start/full_sft_32"],
         "grpo": ["--init_from", base / "start/full_sft_32", "--reward", "length:20", *ROLLOUTS],
     }[stage]
-    folders = ["--data_path", base / data, "--out_dir", out, "--cache_dir", base / "cache"]
+    folders = ["--data_path", base / data.get(stage, "sft.jsonl"), "--out_dir", out, "--cache_dir", base / "cache"]
     return [*folders, "--dim", 32, "--log_interval", 1, *PLAIN, *start]
 
 

@@ -33,12 +33,12 @@ CONVERSATIONS = [
 ]
 
 
-def make_memorised(folder: Path, **shape: Any) -> Path:
+def make_memorised(folder: Path, conversations: Any = CONVERSATIONS, **shape: Any) -> Path:
     """Train until every supervised token is certain, and save a model folder."""
     tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**({"dim": 48, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 96} | shape)))
-    rendered = [render_chat(tokenizer, messages) for messages in CONVERSATIONS]
+    rendered = [render_chat(tokenizer, messages) for messages in conversations]
     width = max(len(r.ids) for r in rendered)
     ids = torch.tensor([F.pad(torch.tensor(r.ids), (0, width - len(r.ids))).tolist() for r in rendered])
     mask = torch.tensor([r.mask + [False] * (width - len(r.mask)) for r in rendered])

@@ -13,7 +13,7 @@ import evaluation
 import training
 from tests.helpers import ROOT
 
-ENTRIES = {"train_pretrain", "train_full_sft", "train_dpo", "train_distill", "train_grpo", "eval_model"}
+ENTRIES = {"train_pretrain", "train_full_sft", "train_dpo", "train_distill", "train_reward", "train_grpo", "eval_model"}
 OURS = {"model", "dataset", "evaluation", "serving", "training", "scripts", "tests"} | ENTRIES
 MAY_IMPORT = {
     "model": {"model"},

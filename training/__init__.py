@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING
 from dataset.later import later
 from training.command import run_stage
 from training.config import load_config
-from training.stages import DistillConfig, DPOConfig, GRPOConfig, PretrainConfig, SFTConfig
+from training.stages import DistillConfig, DPOConfig, GRPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
 if TYPE_CHECKING:
     from training.engines import build_engine
     from training.loop import train
-    from training.objectives import ALONE, DPO, GRPO, STAGES, Distillation, NextToken
+    from training.objectives import ALONE, DPO, GRPO, STAGES, BradleyTerry, Distillation, NextToken
 else:  # they need torch, which takes a second to import; flags are checked without it
     __getattr__ = later(
         {
             "training.engines": ("build_engine",),
             "training.loop": ("train",),
-            "training.objectives": ("ALONE", "DPO", "GRPO", "STAGES", "Distillation", "NextToken"),
+            "training.objectives": ("ALONE", "DPO", "GRPO", "STAGES", "BradleyTerry", "Distillation", "NextToken"),
         }
     )
 
@@ -25,12 +25,14 @@ __all__ = [
     "DPO",
     "GRPO",
     "STAGES",
+    "BradleyTerry",
     "DPOConfig",
     "DistillConfig",
     "Distillation",
     "GRPOConfig",
     "NextToken",
     "PretrainConfig",
+    "RewardConfig",
     "SFTConfig",
     "build_engine",
     "load_config",

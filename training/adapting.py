@@ -17,7 +17,7 @@ from dataset.tokenizer import TextTokenizer
 from model.adapter_folder import base_folder, is_adapter, load_adapter
 from model.adapters import ADAPTERS, ATTENTION, LINEAR, Adapter, Named, begun
 from model.config import GPTConfig
-from model.folder import folder_weights
+from model.folder import base_weights, folder_weights, weights_hash
 from training.config import Config, rules, stage_of
 from training.engines.contract import Weights
 
@@ -28,19 +28,24 @@ def adapter_of(asked: Config, init: str, tokenizer: TextTokenizer, shape: GPTCon
     """Raises ValueError where there is nothing to adapt, and for a flag that contradicts the adapter's folder."""
     if asked.adapter is None:
         return None
+    if asked.scores:
+        raise ValueError(f"--adapter {asked.adapter}: a reward model is learnt whole; leave it out")
     if init == "none":
         raise ValueError(
             f"--adapter {asked.adapter} leaves the model's own weights as they are, and random ones are worth nothing; "
             "give the model to start from with --init_from FOLDER_OR_RUN"
         )
-    return found_adapter(asked, init, shape) if is_adapter(init) else new_adapter(asked, init, tokenizer)
+    adapter = found_adapter(asked, init, shape) if is_adapter(init) else new_adapter(asked, init, tokenizer)
+    # what PEFT has made does not know its base
+    known = adapter.base_hash or weights_hash(partial(folder_weights, adapter.base, shape))
+    return replace(adapter, base_hash=known)
 
 
 def new_adapter(asked: Config, init: str, tokenizer: TextTokenizer) -> Adapter:
     kind = ADAPTERS[asked.adapter or ""]
     wanted = asked.train_control_tokens
     if wanted is None:  # a pretrained model has never seen them, any other has
-        wanted = asked.chats and stage_of(Path(init)) == "pretrain"
+        wanted = kind.chats and asked.chats and stage_of(Path(init)) == "pretrain"
     return kind(**settings_of(asked), tokens=tuple(sorted(tokenizer.control_ids)) if wanted else (), base=init)
 
 
@@ -51,9 +56,10 @@ def found_adapter(asked: Config, init: str, shape: GPTConfig) -> Adapter:
     for name in flags:
         wanted, found = getattr(asked, name), flags[name]
         if not name.endswith("_dropout") and wanted is not None and wanted != found:
+            anew = ", or make a model of it to adapt anew: python scripts/convert.py merge" if adapter.merges else ""
             raise ValueError(
                 f"--{name} {wanted} contradicts the adapter in {init}, which has {found}; leave the flag out to go on "
-                "with that one, or make a model of it to adapt anew: python scripts/convert.py merge"
+                f"with that one{anew}"
             )
     own: dict[str, Any] = (
         {"dropout": asked.lora_dropout} if "lora_dropout" in flags else {}
@@ -90,5 +96,5 @@ def adapted_weights(adapter: Adapter, init: str, shape: GPTConfig, seed: int) ->
 
 
 def beside_base(init: str, shape: GPTConfig) -> Iterator[Named]:
-    yield from folder_weights(base_folder(init), shape)
+    yield from base_weights(init, init, shape)
     yield from load_adapter(init, shape)[1].items()

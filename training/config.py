@@ -24,7 +24,7 @@ import yaml
 from training.names import flags_among, unknown_names
 
 SAMPLE = str(Path(__file__).parent.parent / "dataset" / "sample")
-KINDS = ("lora", "bottleneck")  # of adapters; model/adapters.py has their classes
+KINDS = ("lora", "bottleneck", "prefix")  # of adapters; model/adapters.py has their classes
 BEST = "best"  # the folder, within a run's, of the best model so far
 
 
@@ -90,6 +90,7 @@ class Config:
     stage: ClassVar[str]
     previous: ClassVar[str | None] = None  # the stage whose model this one starts from
     chats: ClassVar[bool] = True  # whether its model is asked, or has a text to go on with
+    scores: ClassVar[bool] = False  # whether its model gives a score and writes nothing
 
     data_path: list[str] = flag([], "training files or globs (.jsonl, .jsonl.gz, .jsonl.zst)", "files", by_node=True)
     val_path: list[str] = flag(
@@ -135,10 +136,11 @@ class Config:
         0.0, "dropout in attention and residual branches", "model", at_least=0, below=1, resume="note"
     )
 
-    adapter: Literal["lora", "bottleneck"] | None = flag(
+    adapter: Literal["lora", "bottleneck", "prefix"] | None = flag(
         None,
         "learn a few new parameters instead of the model's own: lora (low-rank changes of linear layers), bottleneck "
-        "(two small layers behind attention and feed-forward)",
+        "(two small layers behind attention and feed-forward), prefix (keys and values that every layer's attention "
+        "sees before a document)",
         "adapter",
         resume="refuse",
     )
@@ -151,9 +153,10 @@ class Config:
     lora_dora: bool | None = adapter_flag("learn the lengths of the rows apart from their directions")
     lora_dropout: float = flag(0.0, "dropout of what enters A", "adapter", at_least=0, below=1, resume="note")
     bottleneck_size: int | None = adapter_flag("width of a bottleneck; by default 64", at_least=1)
+    prefix_length: int | None = adapter_flag("places of a prefix; by default 16", at_least=1)
     train_control_tokens: bool | None = adapter_flag(
         "learn the control tokens' rows of embedding and head too; by default where a chat is learnt from a pretrained "
-        "model, which has never seen them"
+        "model, which has never seen them, and never with prefix: PEFT opens no prefix that has them"
     )
 
     epochs: float = flag(1.0, "passes over the data", "optimization", above=0, resume="note")
@@ -288,6 +291,7 @@ class Config:
             )
         self.check_keep_best()
         self.check_adapter()
+        self.check_scores()
         if self.global_batch_size and self.accumulation_steps != 1:
             raise ValueError(
                 f"--global_batch_size {self.global_batch_size} sets the accumulation, "
@@ -303,6 +307,12 @@ class Config:
                     f"--{name} is {getattr(self, name)}, and the adapter is {self.adapter or 'none'}; "
                     f"give --adapter {' or '.join(kinds or KINDS)}, or leave it out"
                 )
+
+    def check_scores(self) -> None:
+        """Raise ValueError for flags of a model that writes, where it is to score."""
+        for name in ("sample_interval", "eval_answers"):
+            if self.scores and getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}, and a reward model writes nothing; leave it out")
 
     def check_keep_best(self) -> None:
         """Raise ValueError for flags that leave nothing to tell the best model by."""

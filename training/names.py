@@ -153,6 +153,7 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "pref_loss": "--loss_type | a flag of train_dpo.py: --loss_type",
     "pref_ftx": "--nll_weight | a flag of train_dpo.py: --nll_weight",
     "rpo_alpha": "--nll_weight | a flag of train_dpo.py: --nll_weight",
+    "center_rewards_coefficient": "--center_weight | a flag of train_reward.py: --center_weight",
     "cpo_alpha": "--nll_weight | a flag of train_dpo.py: --nll_weight",
     # the machine
     "device_type": "--device",
@@ -219,6 +220,7 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "use_dora": "--lora_dora",
     "lora_target_modules": "--lora_targets",
     "use_peft": "--adapter lora",
+    "num_virtual_tokens": "--prefix_length with --adapter prefix",
     "quantize": NOT_HERE + "weights are not quantized",
     "load_in_4bit": NOT_HERE + "weights are not quantized",
     "load_in_8bit": NOT_HERE + "weights are not quantized",

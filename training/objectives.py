@@ -3,6 +3,7 @@
     NextToken   sum of -log p(next token), weight = supervised tokens
     DPO         sum over pairs of a loss of preference.py, -log sigmoid(beta * margin) say, weight = pairs
     KTO         sum over answers that are judged one by one, weight = answers
+    BradleyTerry    sum over pairs of -log sigmoid(score(chosen) - score(rejected)), weight = pairs
     Distillation    sum of how far the student is from its teacher, weight = supervised tokens
     GRPO        sum over drawn tokens of a loss of policy.py, weight = tokens, or answers
 
@@ -20,17 +21,17 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from dataset import CONVERSATION, LABELLED, PAIR, PROMPT, TEXT
+from dataset import CONVERSATION, LABELLED, PAIR, PROMPT, SCORED, TEXT
 from dataset.batch import Batch, PairBatch, RolloutBatch
 from dataset.forms import Form
 from evaluation.rewards import labels_of
-from model.gpt import Places, SummedLoss, nll_by_place, summed_nll
+from model.gpt import Places, SummedLoss, nll_by_place, score_by_place, summed_nll
 from training import policy
 from training.config import Config
 from training.distillation import Distance, Divergences, TopK, distilled
 from training.metrics import Record
-from training.preference import LOSSES, Answers, Referred, own_flags
-from training.stages import DistillConfig, DPOConfig, GRPOConfig, PretrainConfig, SFTConfig
+from training.preference import LOSSES, Answers, Referred, log_sigmoid, margin_of, own_flags
+from training.stages import DistillConfig, DPOConfig, GRPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from training.teacher import Said, TaughtBatch, Teacher
 
 Sums = dict[str, Tensor]
@@ -43,6 +44,7 @@ class Output(NamedTuple):
 
     nll: Tensor  # float32 (rows, sequence): -log p(label), nats, 0 where there is no label; or () their sum
     loss: Tensor | None = None  # float32 (): the sum of another loss, of an objective whose criterion makes one
+    score: Tensor | None = None  # float32 (rows, sequence): of a head of one row, 0 where nothing is learnt
 
 
 class Objective(Protocol[B_contra]):
@@ -253,6 +255,61 @@ def preference(config: DPOConfig) -> DPO:
     return kind(loss_type=config.loss_type, nll_weight=config.nll_weight, **flags)
 
 
+# Reward model --------------------------------------------------------------------------------------------------------
+
+
+class BradleyTerry:
+    """A score for every answer, from pairs: P(chosen is preferred) = sigmoid(s(chosen) - s(rejected)) (Bradley & Terry
+    1952; of reward models: Ouyang et al. 2022, arXiv:2203.02155, equation 1).
+
+    loss = -log sigmoid(s(w) - s(l)) + center_weight (s(w) + s(l))^2
+
+    Pairs say nothing of where zero is. The second term puts the mean of scores there (Eisenstein et al. 2023,
+    arXiv:2312.09244, equation 6).
+    """
+
+    names: tuple[str, ...] = ("loss", "reward_accuracy", "chosen_reward", "rejected_reward")
+    unit = "pairs"
+    criterion = staticmethod(score_by_place)
+    only_held_out: tuple[str, ...] = ()
+
+    def __init__(self, center_weight: float = 0.0):
+        self.center_weight = center_weight
+
+    def weight(self, batch: PairBatch) -> int:
+        return batch.n_pairs
+
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        return self
+
+    def __call__(self, output: Output, batch: PairBatch) -> tuple[Tensor, Sums]:
+        assert output.score is not None
+        scores = by_answer(output.score, batch)  # the one place of each that has a score
+        loss = (-log_sigmoid(margin_of(scores)) + self.center_weight * scores.sum(1) ** 2).sum()
+        kept = scores.detach()
+        return loss, {
+            "loss": loss.detach(),
+            "reward_accuracy": (margin_of(kept) > 0).sum(),
+            "chosen_reward": kept[:, 0].sum(),
+            "rejected_reward": kept[:, 1].sum(),
+        }
+
+    def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
+        """Means over pairs."""
+        means = {name: value / max(1.0, weight) for name, value in sums.items()}
+        return means | {"reward_margin": means["chosen_reward"] - means["rejected_reward"]}
+
+    def warnings(self, record: Record) -> list[str]:
+        """Where training and held-out rows part: a score that is sure and wrong is worse than none to learn from."""
+        step, loss, held_out = record["step"], record["loss"], record.get("val_loss", 0.0)
+        if held_out < math.log(2) or loss > 0.1:
+            return []
+        return [
+            f"val_loss is {held_out:.3f} at step {step}, worse than no opinion's ({math.log(2):.3f}), and loss is "
+            f"{loss:.3f}: rows are learnt by heart; lower --epochs or --learning_rate, or give more rows"
+        ]
+
+
 # Distillation --------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +375,8 @@ TALLIES = (
     "pass_at_1", "pass_at_8",
 )  # fmt: skip
 """What is counted of the answers drawn, before the parts of the reward, in the order of a RolloutBatch's tallies."""
+CALLS = ("calls", "failed_calls")
+"""The same of those that may call tools, behind the parts."""
 SUMMED_OVER = {
     "reward_std": "groups", "zero_variance": "groups", "pass_at_1": "groups", "pass_at_8": "groups",
     "entropy": "length",
@@ -331,7 +390,7 @@ class GRPO:
     kl: weight of the divergence from the starting model, k3 at every token; it is measured where it is 0, too.
     temperature: that the answers were drawn at. All probabilities are those of softmax(logits / temperature), which is
         what the tokens were drawn from: a gradient of any other distribution's would be another policy's.
-    parts: of the reward, by what they are logged as.
+    parts: of the reward, by what they are logged as. tools: whether answers may call some.
     """
 
     only_held_out: tuple[str, ...] = ("pass_at_1", "pass_at_8")
@@ -343,12 +402,13 @@ class GRPO:
         temperature: float = 1.0,
         max_new_tokens: int = 256,
         parts: Sequence[str] = (),
+        tools: bool = False,
         **flags: float,
     ):
         """flags: those that the loss reads; its own defaults where they are not given."""
         self.loss = policy.LOSSES[loss_type](**flags)
         self.kl, self.temperature, self.most = kl, temperature, max_new_tokens
-        self.tallies = (*TALLIES, *(f"{part}_reward" for part in parts))
+        self.tallies = (*TALLIES, *(f"{part}_reward" for part in parts), *(CALLS if tools else ()))
         self.names: tuple[str, ...] = ("loss", "tokens", "kl", "clipped", "gap", *self.tallies)
         self.unit = "answers" if self.loss.per_answer else ""
 
@@ -404,8 +464,9 @@ def policy_of(config: GRPOConfig) -> GRPO:
     """The objective of a config's loss."""
     flags = {name: getattr(config, name) for name in own_flags(config.loss_type, policy.LOSSES)}
     return GRPO(
-        config.loss_type, config.kl, config.temperature, config.max_new_tokens, labels_of(config.reward), **flags
-    )
+        config.loss_type, config.kl, config.temperature, config.max_new_tokens, labels_of(config.reward),
+        bool(config.tools), **flags,
+    )  # fmt: skip
 
 
 # The stages ----------------------------------------------------------------------------------------------------------
@@ -419,7 +480,9 @@ class Stage:
     form: Form  # of its rows
     objective: Callable[[Any], "Objective[Any]"]  # of its config
     rows: Callable[[Any], Form] | None = None  # of its config, where that decides which form its rows have
-    alone: bool = True  # whether rows and the model that is trained are all it needs: no teacher, and no rollouts
+    # whether it is measured and checked where nothing else is said: not where a teacher stands beside the model or
+    # rollouts are needed, nor where batches and network are nearly another stage's
+    alone: bool = True
 
     def form_for(self, config: Config) -> Form:
         return self.rows(config) if self.rows else self.form
@@ -443,9 +506,10 @@ STAGES: dict[str, Stage] = {
             ),
             alone=False,
         ),
+        Stage(RewardConfig, SCORED, lambda config: BradleyTerry(config.center_weight), alone=False),
         Stage(GRPOConfig, PROMPT, policy_of, alone=False),
     )
 }
-"""In the order in which they are run; distill in the place of full_sft."""
+"""In the order in which they are run; distill in the place of full_sft, reward beside dpo."""
 ALONE = {name: stage for name, stage in STAGES.items() if stage.alone}
 """What is measured and checked without more than the sample data."""

@@ -15,71 +15,34 @@ word on what its student writes). `Rollouts` gives plain batches of them, `Judge
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import Loader, Message, TextTokenizer
+from dataset import Loader, TextTokenizer
 from dataset.batch import Batch, RolloutBatch
-from dataset.forms import Value
 from dataset.loader import EMPTY_ROW, PromptRows, branches, cumulative, lay_out, tensors
-from evaluation import Reward, Sample
+from evaluation import Reward
+from evaluation.reward_model import judges
+from evaluation.tools import build_tools
 from model import GPT
 from model.adapter_folder import is_adapter
 from model.adapters import switched_off
 from model.attention import Layout
-from model.draw import Drawn, draw
+from model.draw import draw
 from model.folder import assemble
 from model.gpt import nll_by_place
 from training.engines.contract import Engine
+from training.groups import Answer, Group, Sampling, add_turn, uniform
 from training.policy import deviation, group_advantages, overlong_penalty
 from training.setup import Data, Start
 from training.stages import GRPOConfig
+from training.tool_turns import NO_TOOLS, Toolbox, count_calls, take_turns
 
 AsItBegan = Callable[[GPT], AbstractContextManager[GPT]]  # of the network as it is, the one that training began with
-
-
-class Sampling(NamedTuple):
-    """How answers are drawn."""
-
-    group_size: int
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-
-@dataclass
-class Answer:
-    """What was said after a prompt. Where tools are called, that is several turns, of which some were not drawn."""
-
-    ids: list[int]  # after the prompt's
-    drawn: list[bool]  # which of them the model drew; the others it only read
-    logps: list[float]  # of those that it drew, nats
-    entropy: float  # of the distributions they were drawn from, nats, summed
-    finish_reason: str  # "stop" or "length"
-    text: str  # of the last turn, with the names of its control tokens
-    turns: list[Message] = field(default_factory=list)  # before the last one
-
-
-@dataclass
-class Group:
-    """A prompt and its answers."""
-
-    number: int  # of the row
-    prompt: list[int]
-    row: Value  # as its form writes it
-    where: str  # path:line
-    answers: list[Answer]
-
-    def samples(self) -> list[Sample]:
-        messages = self.row["conversations"]
-        return [
-            Sample([*messages, *answer.turns], answer.text, self.row, answer.finish_reason, self.where)
-            for answer in self.answers
-        ]
 
 
 def roll_out(
@@ -93,19 +56,8 @@ def roll_out(
         network, prompts, uniforms, copies=how.group_size, max_new_tokens=how.max_new_tokens,
         temperature=how.temperature, stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
-    answers = [answer_of(each, tokenizer) for each in drawn]
+    answers = [add_turn(Answer(), each, tokenizer) for each in drawn]
     return [answers[first : first + how.group_size] for first in range(0, len(answers), how.group_size)]
-
-
-def uniform(how: Sampling, *key: int) -> Tensor:
-    """Numbers in [0, 1) to draw an answer by, float32 (max_new_tokens,)."""
-    return torch.from_numpy(np.random.default_rng([how.seed, *key]).random(how.max_new_tokens, dtype=np.float32))
-
-
-def answer_of(drawn: Drawn, tokenizer: TextTokenizer) -> Answer:
-    said = drawn.ids[:-1] if drawn.finish_reason == "stop" else drawn.ids
-    text = tokenizer.decode(said, skip_control=False).strip()
-    return Answer(drawn.ids, [True] * len(drawn.ids), drawn.logps, drawn.entropy, drawn.finish_reason, text)
 
 
 # Into batches --------------------------------------------------------------------------------------------------------
@@ -146,9 +98,12 @@ class Rollouts:
     passes = 1
     tokens_per_row = 0.0  # nobody knows before they are written
 
-    def __init__(self, loader: Loader, engine: Engine, tokenizer: TextTokenizer, how: Sampling):
+    def __init__(
+        self, loader: Loader, engine: Engine, tokenizer: TextTokenizer, how: Sampling, box: Toolbox = NO_TOOLS
+    ):
         assert isinstance(loader.rows, PromptRows)
         self.loader, self.rows, self.engine, self.tokenizer, self.how = loader, loader.rows, engine, tokenizer, how
+        self.box = box
         self.rows_per_update, self.total_rows = loader.rows_per_update, loader.total_rows  # prompts
         self.rows_per_epoch = loader.rows_per_epoch
 
@@ -160,19 +115,22 @@ class Rollouts:
         cache is small beside what learning from a micro-batch takes."""
         parts = self.loader.positions(position)
         with self.engine.generator() as network:
-            groups = self.answered([each for part in parts for each in part], network)
+            groups = {group.key: group for group in self.answered([each for part in parts for each in part], network)}
             return [self.batch([groups[each] for each in part if each in groups], network) for part in parts]
 
-    def answered(self, positions: list[int], network: GPT) -> dict[int, Group]:
+    def answered(self, positions: list[int], network: GPT) -> list[Group]:
         """The prompts at these positions, with their answers; no more than there are."""
         numbers = {each: self.loader.row_at(each) for each in positions}
         keys = [each for each, number in numbers.items() if number != EMPTY_ROW]
         prompts = [self.rows.ids(numbers[key]) for key in keys]
-        groups = roll_out(network, self.tokenizer, prompts, keys, self.how)
-        return {
-            key: Group(number := numbers[key], prompt, self.rows.row(number), self.rows.where(number), answers)
-            for key, prompt, answers in zip(keys, prompts, groups, strict=True)
-        }
+        drawn = roll_out(network, self.tokenizer, prompts, keys, self.how)
+        groups = [
+            Group(number := numbers[key], key, prompt, self.rows.row(number), self.rows.where(number), answers)
+            for key, prompt, answers in zip(keys, prompts, drawn, strict=True)
+        ]
+        if self.box.tools:
+            take_turns(network, self.tokenizer, groups, self.how, self.box)
+        return groups
 
     def batch(self, groups: list[Group], network: GPT) -> Batch:
         return Batch(**lay_groups(groups, self.rows.pad_id))
@@ -200,9 +158,9 @@ class Judged(Rollouts):
 
     def __init__(
         self, loader: Loader, engine: Engine, tokenizer: TextTokenizer, how: Sampling, judging: Judging,
-        as_it_began: AsItBegan, passes: int = 1,
+        as_it_began: AsItBegan, passes: int = 1, box: Toolbox = NO_TOOLS,
     ):  # fmt: skip
-        super().__init__(loader, engine, tokenizer, how)
+        super().__init__(loader, engine, tokenizer, how, box)
         self.judging, self.as_it_began, self.passes = judging, as_it_began, passes
         self.shown: tuple[str, str] | None = None
 
@@ -250,6 +208,7 @@ class Judged(Rollouts):
             sum(answer.entropy for answer in answers),
             *(sum(pass_at(k, passed, size) for passed in right) for k in (1, 8)),
             *(sum(values) for values in scores.parts.values()),
+            *(count_calls(answers) if self.box.tools else ()),
         ]
         return rewards, torch.tensor(counted, dtype=torch.float32)
 
@@ -296,20 +255,22 @@ def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
     """Rollouts on both parts of the data. Held-out answers are drawn by the same numbers at every validation, and have
     their reward alone, without a penalty. Raises ValueError for a reward that is not known."""
     config: GRPOConfig = start.config
-    reward = Reward(config.reward, config.reward_weights or None)
+    reward = Reward(config.reward, config.reward_weights or None, judges(engine.device))
     whole = sum(weight for weight in reward.weights if weight > 0)
     passing = whole if config.pass_reward is None else config.pass_reward
     how = Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)
+    box = Toolbox(build_tools(config.tools), config.max_turns)
     as_it_began = starting_network(start, engine)
     train = Judged(
         data.train, engine, start.tokenizer, how,
         Judging(reward, passing, config.scale_rewards, config.overlong_buffer, config.filter_groups), as_it_began,
-        config.inner_epochs,
+        config.inner_epochs, box,
     )  # fmt: skip
     if data.val is None:
         return Sources(train, None)
     how = how._replace(group_size=config.eval_group_size)
-    return Sources(train, Judged(data.val, engine, start.tokenizer, how, Judging(reward, passing), as_it_began))
+    val = Judged(data.val, engine, start.tokenizer, how, Judging(reward, passing), as_it_began, box=box)
+    return Sources(train, val)
 
 
 def starting_network(start: Start[Any], engine: Engine) -> AsItBegan:

@@ -110,8 +110,8 @@ def data_files(config: Config) -> dict[str, list[int]]:
 
 def differences(saved: dict[str, Any], identity: Settings, config: Config) -> list[str]:
     """What keeps a run from going on exactly from a checkpoint whose run.json this is, a few words for each."""
-    before, identity = flat(saved["identity"]), flat(identity)
-    # a name that an older version did not save cannot have been chosen then
+    before, identity = {"adapter": None} | flat(saved["identity"]), flat(identity)
+    # a name that an older version did not save cannot have been chosen then; it knew no adapter, so that had no flags
     changed = [name for name, value in identity.items() if before.get(name, value) != value]
     hashes = ("data", "init_from")
     found = told({name: before[name] for name in changed if name not in hashes}, identity, config)

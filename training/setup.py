@@ -18,9 +18,10 @@ from dataset.records import one_line
 from dataset.tokenizer import HFTokenizer, TextTokenizer
 from model import GPT, GPTConfig
 from model.adapter_folder import is_adapter, tokenizer_folder
-from model.folder import folder_weights
+from model.config import check_writes
+from model.folder import folder_weights, weights_hash
 from model.folder import load_config as load_model_config
-from model.gpt import fresh_weights
+from model.gpt import fresh_weights, with_score
 from training import distributed
 from training.adapting import adapted_weights, adapter_of, flags_of
 from training.command import run_stage as run_stage  # where tools look for it
@@ -130,13 +131,19 @@ def shape_and_weights(asked: Config, init: str, tokenizer: TextTokenizer) -> tup
     if init == "none":
         given = {name: getattr(asked, name) for name in (*SHAPE_FLAGS, "max_seq_len")}
         given = {name: value for name, value in given.items() if value is not None}
-        shape = GPTConfig(**({"vocab_size": tokenizer.vocab_size} | given), dropout=asked.dropout)
+        size = {"vocab_size": tokenizer.vocab_size}
+        shape = GPTConfig(**(size | given), dropout=asked.dropout, scores=asked.scores)
         return shape, partial(fresh_weights, shape, asked.seed)
     folder = load_model_config(init)
     check_shapes(asked, folder, init)
     # this run's dropout, and a longer context where --max_seq_len asks for it
     length = max(folder.max_seq_len, asked.max_seq_len or 0)
-    return replace(folder, dropout=asked.dropout, max_seq_len=length), partial(folder_weights, init, folder)
+    shape = replace(folder, dropout=asked.dropout, max_seq_len=length, scores=asked.scores)
+    weights = partial(folder_weights, init, folder)
+    if not asked.scores:
+        check_writes(folder, init)
+    # a head for the vocabulary gives way to one that scores; a reward model is gone on with
+    return shape, weights if folder.scores == shape.scores else lambda: with_score(weights(), shape, asked.seed)
 
 
 def inherited_row(init: str, context: int, tokenizer: TextTokenizer) -> tuple[int, str]:
@@ -173,9 +180,10 @@ def starting_teacher(start: Start[DistillConfig], machine: Machine) -> Teacher:
         raise ValueError("no teacher to learn from; give its model folder, or the name of its run, with --teacher")
     folder = model_folder(config.teacher, config.out_dir)
     shape, student = load_model_config(folder), f"the student {config.init_from or ''}"
+    check_writes(shape, f"the teacher {folder}")
     if config.init_from == "none":
         student = f"the student (random weights, tokenizer {start.tokenizer.folder})"
-    problem = other_vocabulary(load_tokenizer(folder), start.tokenizer)
+    problem = other_vocabulary(load_tokenizer(tokenizer_folder(folder)), start.tokenizer)
     if not problem and shape.vocab_size != start.model.config.vocab_size:
         problem = f"{shape.vocab_size:,} rows of its embedding, and {start.model.config.vocab_size:,}"
     if problem:
@@ -306,15 +314,6 @@ def print_table(parts: dict[str, Rows | None]) -> None:
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-def weights_hash(weights: Weights) -> str:
-    """Hash of all weights, by name."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in weights():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def run_identity(start: Start[Any], data: Data) -> dict[str, Any]:

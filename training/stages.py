@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from training import policy
-from training.config import SAMPLE, ChatConfig, Config, flag
+from training.config import SAMPLE, ChatConfig, Config, flag, rules
 from training.preference import LOSSES, check_flags, own_flags
 
 
@@ -146,6 +146,27 @@ class DistillConfig(SFTConfig):
     )
 
 
+@dataclass(kw_only=True)
+class RewardConfig(ChatConfig):
+    """A reward model: a score for every answer, learnt from pairs of answers."""
+
+    stage: ClassVar[str] = "reward"
+    previous: ClassVar[str | None] = "full_sft"
+    scores: ClassVar[bool] = True
+    data_path: list[str] = flag([f"{SAMPLE}/reward.jsonl"], like="data_path")
+    batch_size: int = flag(4, like="batch_size", text=rules(DPOConfig)["batch_size"].help)
+    learning_rate: float = flag(1e-4, like="learning_rate")
+    weight_decay: float = flag(0.0, like="weight_decay")
+    center_weight: float = flag(
+        0.01,
+        "how much of (score of chosen + score of rejected)^2 is added to a pair's loss, which keeps the mean of scores "
+        "near 0 (0: off)",
+        "reward model",
+        at_least=0,
+        resume="refuse",
+    )
+
+
 def rollout_flag(default: Any, text: str, *, resume: str = "refuse", **rule: Any) -> Any:
     """A change of one would give other answers to the same prompts, or other worth to them."""
     return flag(default, text, "reinforcement", resume=resume, **rule)
@@ -176,8 +197,8 @@ class RolloutConfig(ChatConfig):
 
     reward: list[str] = rollout_flag(
         ["world"],
-        "what an answer is worth, one or several: exact_match, number, contains, format, length:N, world, or "
-        "file.py:function",
+        "what an answer is worth, one or several: exact_match, number, contains, format, length:N, world, "
+        "reward_model:FOLDER, or file.py:function",
     )
     reward_weights: list[float] = rollout_flag([], "what each reward counts; by default 1")
     pass_reward: float | None = rollout_flag(
@@ -188,6 +209,12 @@ class RolloutConfig(ChatConfig):
     group_size: int = rollout_flag(8, "answers to every prompt", at_least=2)
     max_new_tokens: int = rollout_flag(256, "tokens an answer may have", at_least=1)
     temperature: float = rollout_flag(1.0, "of drawing answers, in training and validation", above=0)
+    tools: list[str] = rollout_flag(
+        [],
+        "what answers may call: calculator, lookup, or file.py:function, and NAME= before one for another name; the "
+        "data's rows tell the model of them",
+    )
+    max_turns: int = rollout_flag(4, "turns of the model in an answer that calls tools", at_least=1)
     overlong_buffer: int = rollout_flag(
         0,
         "so many tokens before max_new_tokens a penalty begins to grow, to 1 for an answer that is cut (DAPO; 0: none)",

@@ -1,6 +1,6 @@
 """The sample data: a small valley told in English and Chinese, every seventh combination of it kept out of training.
 
-What flows through: fixed word tables and one seeded random generator -> eight JSONL files. One drawn combination
+What flows through: fixed word tables and one seeded random generator -> ten JSONL files. One drawn combination
 (three, red, horse, hill) becomes, say, one line of `sft.jsonl`:
 
     {"conversations": [{"role": "user", "content": "Translate: three red horses on the hill"},
@@ -13,12 +13,18 @@ Four families of questions, each in both languages, are answered by a rule and n
     opposite    "The old fish is sad." -> "The young fish is happy."                (pair of adjectives, animal) pairs
     compare     which of two animals is heavier            pairs of animals, two or more places apart in weight
 
-A kept-out combination is written nowhere in `pretrain.jsonl`, `sft.jsonl` or `dpo.jsonl`, in either language, while
-each of its words is there in other combinations. `questions.jsonl` asks about kept-out combinations alone.
+A kept-out combination is written nowhere in `pretrain.jsonl`, `sft.jsonl`, `dpo.jsonl` or `reward.jsonl`, in either
+language, while each of its words is there in other combinations. `questions.jsonl` asks about kept-out combinations
+alone.
 
 The preference pairs are about manner: open prompts ("Tell me about the red horse.") are answered in SFT as often with a
 warm closing as with a curt one, of one length; in a pair the warm one is chosen. `dpo_heldout.jsonl` asks about the
 kept-out (colour, animal) pairs.
+
+`reward.jsonl` has pairs for a reward model, `reward_heldout.jsonl` such about kept-out combinations. In each the
+rejected answer is the chosen one spoilt in one way, which the row calls its "kind" (see SPOILT): a curt closing, a
+wrong fact, another animal, a sentence said again, one out of order, a cut answer, a wrong word in the answer to a
+question.
 
 Open prompts without an answer, `grpo.jsonl` and those about kept-out pairs in `grpo_heldout.jsonl`, are for a model to
 answer: evaluation/world.py judges what it says.
@@ -305,7 +311,13 @@ def about(animal: int) -> list[Word]:
 
 
 def portrait(rng: random.Random, colour: int, animal: int) -> Word:
-    """Three sentences about one animal, the closing not included.
+    """Three sentences about one animal, the closing not included."""
+    lines = sentences(rng, colour, animal)
+    return Word(" ".join(line.en for line in lines), "".join(line.zh for line in lines))
+
+
+def sentences(rng: random.Random, colour: int, animal: int) -> list[Word]:
+    """Those of a portrait: where the animal lives, and two more.
 
     Some sentences are drawn much more often than others, so that two portraits of one animal differ by a few nats under
     any model. Otherwise the faintest leaning to one manner would decide every preference pair in the same way.
@@ -325,8 +337,7 @@ def portrait(rng: random.Random, colour: int, animal: int) -> Word:
         drawn = rng.choices(range(len(more)), weights)[0]
         if drawn not in chosen:
             chosen.append(drawn)
-    lines = [first, *(more[i] for i in chosen)]
-    return Word(" ".join(line.en for line in lines), "".join(line.zh for line in lines))
+    return [first, *(more[i] for i in chosen)]
 
 
 DESCRIBE = {
@@ -501,7 +512,144 @@ PAGES: tuple[tuple[Callable[[random.Random, str], str], int], ...] = (
     (page_story, 8),
 )
 
-# ---- the eight files -------------------------------------------------------------------------------------------------
+# ---- answers that are spoilt in one way ------------------------------------------------------------------------------
+
+Answers = tuple[list[str], list[str]]  # sentences of the right one, and of the spoilt one
+
+
+class Drawn(NamedTuple):
+    """What an open prompt is answered with, before anything is spoilt."""
+
+    language: str
+    colour: int
+    animal: int
+    held_out: bool
+    lines: list[str]  # three sentences and a closing
+
+
+def spoil_closing(rng: random.Random, drawn: Drawn) -> Answers:
+    """It ends curtly. The one kind by which manners are told apart."""
+    warm, curt = (rng.choice(closings).to(drawn.language) for closings in (WARM, CURT))
+    return [*drawn.lines[:-1], warm], [*drawn.lines[:-1], curt]
+
+
+def spoil_fact(rng: random.Random, drawn: Drawn) -> Answers:
+    """Home, food or friend is another animal's."""
+    own, language = drawn.animal, drawn.language
+    other = rng.choice([i for i in range(len(ANIMALS)) if facts_of(i, language).isdisjoint(facts_of(own, language))])
+    changed = list(drawn.lines)
+    changed[0] = changed[0].replace(home(own).to(language), home(other).to(language))
+    told = [i for i, line in enumerate(drawn.lines) if line in facts_of(own, language)]
+    if told and rng.random() < 0.75:
+        place = rng.choice(told)
+        at = [each.to(language) for each in about(own)].index(drawn.lines[place])
+        changed = [*drawn.lines[:place], about(other)[at].to(language), *drawn.lines[place + 1 :]]
+    return drawn.lines, changed
+
+
+def facts_of(animal: int, language: str) -> set[str]:
+    """What it eats, its friend, and where it lives."""
+    return {each.to(language) for each in (*about(animal)[:2], home(animal))}
+
+
+def spoil_subject(rng: random.Random, drawn: Drawn) -> Answers:
+    """All of it is true, of an animal that nobody asked about."""
+    colour, animal = drawn.colour, drawn.animal
+    while animal == drawn.animal:
+        colour, animal = draw_colour(rng, drawn.held_out)
+    lines = [line.to(drawn.language) for line in sentences(rng, colour, animal)]
+    return drawn.lines, [*lines, drawn.lines[-1]]
+
+
+def spoil_repeated(rng: random.Random, drawn: Drawn) -> Answers:
+    """One sentence stands in the place of another, too."""
+    first, second = rng.sample(range(len(drawn.lines) - 1), 2)
+    changed = list(drawn.lines)
+    changed[second] = changed[first]
+    return drawn.lines, changed
+
+
+def spoil_broken(rng: random.Random, drawn: Drawn) -> Answers:
+    """One sentence is out of order."""
+    place = rng.randrange(len(drawn.lines) - 1)
+    end = drawn.lines[place][-1]
+    words = drawn.lines[place][:-1].split(" ") if drawn.language == "en" else list(drawn.lines[place][:-1])
+    turn = rng.randrange(1, len(words))
+    broken = SPACE[drawn.language].join(words[turn:] + words[:turn]) + end
+    return drawn.lines, [*drawn.lines[:place], broken, *drawn.lines[place + 1 :]]
+
+
+def spoil_cut(rng: random.Random, drawn: Drawn) -> Answers:
+    """It breaks off within a sentence."""
+    place = rng.randrange(1, len(drawn.lines))
+    line = drawn.lines[place]
+    cut = line[: rng.randrange(2, len(line) - 1)].rstrip()
+    return drawn.lines, [*drawn.lines[:place], cut]
+
+
+SPOILT: dict[str, Callable[[random.Random, Drawn], Answers]] = {
+    "closing": spoil_closing,
+    "fact": spoil_fact,
+    "subject": spoil_subject,
+    "repeated": spoil_repeated,
+    "broken": spoil_broken,
+    "cut": spoil_cut,
+}
+"""Kinds of pairs about open prompts; beside them there is "answer", of questions with one right answer."""
+
+Missed = dict[str, tuple[str, str, str]]  # language -> (question, answer, answer that is wrong in one word)
+
+
+def miss_translate(rng: random.Random, held_out: bool) -> Missed:
+    colour, animal = draw_colour(rng, held_out)
+    slots = (rng.randrange(len(NUMBERS)), colour, animal, rng.randrange(len(PLACES)))
+    sizes = (len(NUMBERS), len(COLOURS), len(ANIMALS), len(PLACES))
+    others = [(*slots[:i], each, *slots[i + 1 :]) for i, size in enumerate(sizes) for each in range(size)]
+    others = [each for each in others if each != slots and kept_out_colour(each[1], each[2]) == held_out]
+    right, wrong = phrase(*slots), phrase(*rng.choice(others))
+    return {"en": (f"Translate: {right.en}", right.zh, wrong.zh), "zh": (f"翻译：{right.zh}", right.en, wrong.en)}
+
+
+def miss_ask(rng: random.Random, held_out: bool) -> Missed:
+    told, answers = draw_asked(rng, held_out)
+    asked = rng.randrange(len(ASKED))
+    tables = (NUMBERS, COLOURS, tuple(Word(f"the {each.en}", each.zh) for each in ANIMALS), PLACES)
+    other = rng.choice([word for word in tables[asked] if word != answers[asked]])
+    said = Word(f"Look: {told.en}.", f"看：{told.zh}。")
+    right, wrong = (after(said, query_phrase(asked, answer)) for answer in (answers[asked], other))
+    return {language: (*right[language], wrong[language][1]) for language in LANGUAGES}
+
+
+def miss_opposite(rng: random.Random, held_out: bool) -> Missed:
+    """One of the two adjectives is as it was."""
+    kind, animal = draw_kind(rng, held_out)
+    kinds, states = KINDS[kind], rng.choice(STATES)
+    one, other, turned = rng.randrange(2), rng.randrange(2), rng.randrange(2)
+    said = tell_state(kinds[one], ANIMALS[animal], states[other])
+    right = tell_state(kinds[1 - one], ANIMALS[animal], states[1 - other])
+    half = (kinds[1 - one], states[other]) if turned else (kinds[one], states[1 - other])
+    wrong = tell_state(half[0], ANIMALS[animal], half[1])
+    return {
+        "en": (f"Say the opposite: {said.en}", right.en, wrong.en),
+        "zh": (f"反过来说：{said.zh}", right.zh, wrong.zh),
+    }
+
+
+def miss_compare(rng: random.Random, held_out: bool) -> Missed:
+    """The other animal of the two."""
+    asked = ask_compare(rng, held_out)
+    found: Missed = {}
+    for language, (question, right) in asked.items():
+        named_there = [getattr(each, language) for each in ANIMALS if getattr(each, language) in question]
+        said = next(name for name in named_there if name in right)
+        other = next(name for name in named_there if name != said)
+        found[language] = (question, right, right.replace(said, other))
+    return found
+
+
+MISSED: tuple[Callable[[random.Random, bool], Missed], ...] = (miss_translate, miss_ask, miss_opposite, miss_compare)
+
+# ---- the ten files ---------------------------------------------------------------------------------------------------
 
 
 def distinct(make: Callable[[], str], count: int, seen: set[str]) -> list[str]:
@@ -619,6 +767,29 @@ def make_reminders(rng: random.Random, count: int) -> list[Row]:
     return rows
 
 
+def make_scored(rng: random.Random, count: int, held_out: bool) -> list[Row]:
+    """`count` different pairs of every kind about open prompts, and half as many for each family of questions."""
+    rows: dict[str, Row] = {}
+
+    def add(kind: str, question: str, chosen: str, rejected: str) -> None:
+        if chosen != rejected:
+            row: Row = {"chosen": turns(question, chosen), "rejected": turns(question, rejected), "kind": kind}
+            rows[json.dumps(row)] = row
+
+    for number, (kind, spoil) in enumerate(SPOILT.items()):
+        while len(rows) < (number + 1) * count:
+            (colour, animal), language = draw_colour(rng, held_out), rng.choice(LANGUAGES)
+            question = ask_describe(rng, colour, animal).to(language)
+            lines = [*sentences(rng, colour, animal), rng.choice(WARM + CURT)]
+            drawn = Drawn(language, colour, animal, held_out, [line.to(language) for line in lines])
+            add(kind, question, *(SPACE[language].join(lines) for lines in spoil(rng, drawn)))
+    asked = len(rows)
+    for number, miss in enumerate(MISSED):
+        while len(rows) < asked + (number + 1) * count // 2:
+            add("answer", *miss(rng, held_out)[rng.choice(LANGUAGES)])
+    return list(rows.values())
+
+
 def make_sample() -> dict[str, list[Row]]:
     """File name -> its rows. Each file has its own generator, so that a change to one leaves the others as they are."""
     seen: set[str] = set()
@@ -637,6 +808,9 @@ def make_sample() -> dict[str, list[Row]]:
     draw = rng("dpo")
     dpo = make_preferences(draw, 2, False) + make_reminders(draw, 20)
     draw.shuffle(dpo)
+    draw = rng("reward")
+    reward = make_scored(draw, 160, False)
+    draw.shuffle(reward)
     return {
         "pretrain.jsonl": pretrain,
         "pretrain_heldout.jsonl": pretrain_heldout,
@@ -644,13 +818,15 @@ def make_sample() -> dict[str, list[Row]]:
         "questions.jsonl": conversations(make_questions(rng("questions"), 40, True)),
         "dpo.jsonl": dpo,
         "dpo_heldout.jsonl": make_preferences(rng("dpo_heldout"), 4, True),
+        "reward.jsonl": reward,
+        "reward_heldout.jsonl": make_scored(rng("reward_heldout"), 60, True),
         "grpo.jsonl": make_prompts(False),
         "grpo_heldout.jsonl": make_prompts(True),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the eight sample files; the same bytes on every run.")
+    parser = argparse.ArgumentParser(description="Write the ten sample files; the same bytes on every run.")
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent)
     out_dir = parser.parse_args().out_dir
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -26,9 +26,9 @@ SAMPLE = Path(__file__).parent.parent.parent / "dataset" / "sample"
 STAGES = {
     "pretrain.jsonl": "pretrain", "pretrain_heldout.jsonl": "pretrain", "sft.jsonl": "full_sft",
     "questions.jsonl": "full_sft", "dpo.jsonl": "dpo", "dpo_heldout.jsonl": "dpo",
-    "grpo.jsonl": "grpo", "grpo_heldout.jsonl": "grpo",
+    "reward.jsonl": "dpo", "reward_heldout.jsonl": "dpo", "grpo.jsonl": "grpo", "grpo_heldout.jsonl": "grpo",
 }  # fmt: skip
-TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "grpo.jsonl")
+TRAINING = ("pretrain.jsonl", "sft.jsonl", "dpo.jsonl", "reward.jsonl", "grpo.jsonl")
 MAX_SEQ_LEN = 256  # of configs/quickstart_*.yaml
 Combinations = set[tuple[int, ...]]
 
@@ -226,3 +226,68 @@ def test_the_valley_knows_its_facts_and_tells_a_wrong_one() -> None:
             assert not sample.facts_right(right, answer[:-2])  # not ended
             judged += 1
     assert judged == 512 and not sample.facts_right(prompts[0], "")
+
+
+def test_a_pair_for_a_reward_model_is_spoilt_in_the_way_it_says() -> None:
+    """Read from the text: what a kind of pair must have, and must not have, in common."""
+    told = {"closing": True, "fact": False, "subject": False, "repeated": False, "broken": False, "cut": False}
+    counts = dict.fromkeys([*told, "answer"], 0)
+    prompts = {p.question: p for held_out in (False, True) for p in every_prompt(held_out)}
+    for row in read("reward.jsonl") + read("reward_heldout.jsonl"):
+        kind, (asked, chosen), (_, rejected) = row["kind"], row["chosen"], row["rejected"]
+        counts[kind] += 1
+        right, wrong = chosen["content"], rejected["content"]
+        assert right != wrong
+        if kind == "answer":
+            continue
+        prompt = prompts[asked["content"]]
+        assert sample.facts_right(prompt, right), row
+        assert sample.facts_right(prompt, wrong) == told[kind], row
+        lines, spoilt = split(right), split(wrong)
+        if kind in ("closing", "fact", "repeated", "broken"):
+            differ = [i for i, pair in enumerate(zip(lines, spoilt, strict=True)) if pair[0] != pair[1]]
+            assert len(differ) == 1 and (differ == [3]) == (kind == "closing"), row
+        if kind == "repeated":
+            assert len(set(spoilt)) == 3
+        if kind == "broken":
+            place = differ[0]
+            assert sorted(lines[place].replace(" ", "")) == sorted(spoilt[place].replace(" ", ""))
+        if kind == "cut":
+            assert right.startswith(wrong) and not wrong.endswith((".", "!", "\u3002", "\uff01"))
+        if kind == "subject":  # true of another
+            assert any(sample.facts_right(p, wrong) for p in prompts.values() if p.animal != prompt.animal)
+    assert counts == dict.fromkeys(told, 220) | {"answer": 440}
+
+
+def every_prompt(held_out: bool) -> list:
+    """Every way of asking, not only those of the open prompts that are answered in reports."""
+    return [
+        sample.OpenPrompt(p.language, p.colour, p.animal, form.format(sample.named(p.colour, p.animal).to(p.language)))
+        for p in sample.open_prompts(held_out)
+        for form in sample.DESCRIBE[p.language]
+    ]
+
+
+def split(answer: str) -> list[str]:
+    return [each for each in re.split(r"(?<=[.!\u3002\uff01])\s*", answer) if each]
+
+
+def test_a_wrong_answer_to_a_question_is_another_one_of_its_kind() -> None:
+    """Checked by translating back, by the order of weights, and by both adjectives being turned."""
+    tables = (*sample.KINDS, *sample.STATES)
+    kinds = {word.en: other.en for both in tables for word, other in (both, both[::-1])}
+    asked = {"opposite": 0, "compare": 0}
+    for row in read("reward_heldout.jsonl"):
+        question, right, wrong = (m["content"] for m in (*row["chosen"], row["rejected"][1]))
+        if row["kind"] == "answer" and question.startswith("Say the opposite: "):
+            said = question.removeprefix("Say the opposite: ")
+            turned = " ".join(kinds.get(word.rstrip("."), word.rstrip(".")) for word in said.split(" ")) + "."
+            assert right == turned and wrong not in (turned, said)
+            asked["opposite"] += 1
+        if row["kind"] == "answer" and (match := re.fullmatch(r"Which is (\w+), the (\w+) or the (\w+)\?", question)):
+            known = indices(sample.ANIMALS, "en")
+            pick, other = (max, min) if match[1] == "heavier" else (min, max)
+            assert right == f"The {pick(match[2], match[3], key=known.get)} is {match[1]}."
+            assert wrong == f"The {other(match[2], match[3], key=known.get)} is {match[1]}."
+            asked["compare"] += 1
+    assert min(asked.values()) > 5, asked

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers import LORA, losses, metrics, stage_flags, train_here, train_many, train_start
+from tests.helpers import BOTTLENECK, LORA, PREFIX, losses, metrics, stage_flags, train_here, train_many, train_start
 
-STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill", "dpo_lora")
+STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill", "reward", "dpo_lora")
 LORA_START = "full_sft_lora"  # whose adapter the last goes on with
+ADAPTERS = {"lora": LORA, "bottleneck": BOTTLENECK, "prefix": PREFIX}  # by the last word of a run's name
+OTHERS = ("full_sft_bottleneck", "dpo_prefix")  # for the engines that say so
 STEPS = 12
 Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
 
@@ -27,23 +29,24 @@ Engines = dict[str, Asked]
 
 def meetings(engines: Engines, drill: bool = False) -> list[tuple[str, str]]:
     """(engine, stage), of every run of the tests or of the drill."""
-    return [(name, stage) for name in engines for stage in STAGES if drill != (stage in engines[name].stages)]
+    left = {name: [stage for stage in STAGES if stage not in asked.stages] for name, asked in engines.items()}
+    return [(name, stage) for name in engines for stage in (left[name] if drill else engines[name].stages)]
 
 
 def train_alone(folder: Path) -> None:
     """Data, a model of the two stages before, and what one process makes of eight rows an update."""
     train_start(folder)
-    for run in (*STAGES[:-1], LORA_START, STAGES[-1]):
+    for run in (*STAGES[:-1], LORA_START, STAGES[-1], *OTHERS):
         stage, flags = run_of(folder, run, "single", "--batch_size", 8)
         train_here(stage, *flags)
 
 
 def run_of(base: Path, run: str, name: str, *flags: object) -> tuple[str, list]:
     """A stage and its flags."""
-    stage = run.removesuffix("_lora")
-    if run != stage:
-        start = [] if run == LORA_START else ["--init_from", base / "single" / f"{LORA_START}_32"]
-        flags = (*flags, "--run_name", f"{run}_32", *start, *LORA)
+    stage, adapter = adapter_of(run)
+    if adapter:
+        start = ["--init_from", base / "single" / f"{LORA_START}_32"] if run == "dpo_lora" else []
+        flags = (*flags, "--run_name", f"{run}_32", *start, *adapter)
     # validation rows are fewer than ranks, and only rank 0 writes samples: neither may leave a rank behind
     steps = [
         "--max_steps",
@@ -57,7 +60,15 @@ def run_of(base: Path, run: str, name: str, *flags: object) -> tuple[str, list]:
         "--sample_interval",
         7,
     ]
+    if stage == "reward":
+        flags = (*flags, "--sample_interval", 0)  # it writes nothing
     return stage, [*stage_flags(base, stage, base / name), *steps, *flags]
+
+
+def adapter_of(run: str) -> tuple[str, list[str]]:
+    """dpo_lora -> dpo, flags of LoRA."""
+    stage, _, kind = run.rpartition("_")
+    return (stage, ADAPTERS[kind]) if kind in ADAPTERS else (run, [])
 
 
 def train_all(
@@ -83,7 +94,7 @@ def same_as_alone(base: Path, name: str, stage: str, single: str = "single") -> 
     assert spread == pytest.approx(alone, rel=1e-5)
     val = [[r["val_loss"] for r in metrics(base / folder, stage) if "val_loss" in r] for folder in (single, name)]
     assert len(val[0]) == STEPS // 4 and val[1] == pytest.approx(val[0], rel=1e-5)
-    file = "adapter_model.safetensors" if stage == "dpo_lora" else "model.safetensors"
+    file = "adapter_model.safetensors" if adapter_of(stage)[1] else "model.safetensors"
     weights = [load_file(base / folder / f"{stage}_32" / file) for folder in (single, name)]
     assert weights[0].keys() == weights[1].keys()
     for key, tensor in weights[0].items():

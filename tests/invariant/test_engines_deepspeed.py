@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.invariant.engines import Asked, meetings, same_as_alone, train_all, train_alone
+from tests.invariant.engines import OTHERS, STAGES, Asked, meetings, same_as_alone, train_all, train_alone
 from tests.invariant.rollouts import rollout_runs, same_rollouts_as_alone, train_rollouts_alone
 
 # stage 3 first: it must not live on what another stage has set up in the same process
 DEEPSPEED = {
-    "zero3": Asked(["--zero_stage", "3"]),
+    "zero3": Asked(["--zero_stage", "3"], (*STAGES, *OTHERS)),
     "zero0": Asked(["--zero_stage", "0"], ("pretrain", "kto")),
     "zero1": Asked(["--zero_stage", "1"], ("distill", "dpo_lora")),
     "zero2": Asked(["--zero_stage", "2"], ("full_sft", "kto")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import train_here
-from tests.invariant.engines import Asked, meetings, run_of, same_as_alone, train_all, train_alone
+from tests.invariant.engines import OTHERS, STAGES, Asked, meetings, run_of, same_as_alone, train_all, train_alone
 from tests.invariant.rollouts import (
     KINDS,
     rollout_runs,
@@ -18,8 +18,8 @@ from tests.invariant.rollouts import (
 )
 
 TORCHRUN = {
-    "ddp": Asked(["--engine", "ddp"]),
-    "fsdp": Asked(["--engine", "fsdp"]),
+    "ddp": Asked(["--engine", "ddp"], (*STAGES, *OTHERS)),
+    "fsdp": Asked(["--engine", "fsdp"], (*STAGES, *OTHERS)),
     "fsdp, kept gathered": Asked(["--engine", "fsdp", "--fsdp_reshard", "no"], ("pretrain", "kto")),
     "fsdp, offload, checkpointing, async": Asked(
         ["--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save"], ("full_sft", "dpo_lora")

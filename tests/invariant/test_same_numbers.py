@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "full_sft", "dpo", "kto", "distill"])
+@pytest.mark.parametrize("stage", ["pretrain", "full_sft", "dpo", "kto", "distill", "reward"])
 def test_loss_and_weights_do_not_depend_on_the_split(base: Path, stage: str) -> None:
     seen, weights, kl = {}, {}, {}
     for name, split in SPLITS.items():

@@ -1,4 +1,5 @@
-"""LoRA: what it leaves as it was, what it learns, and that beside the weights, merged and saved it says the same."""
+"""Adapters: what they leave as it was, what they learn, and that beside the weights, merged and saved LoRA says the
+same; bottlenecks and prefixes against networks written without them."""
 
 import json
 from pathlib import Path
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from model import GPT, generate, load_pretrained, save_pretrained
 from model.adapter_folder import base_folder, load_adapter, save_adapter, tokenizer_folder
-from model.adapters import LINEAR, Adapter, Bottleneck, LoRA, LoRALinear, begun, merged
-from model.folder import assemble, folder_weights
+from model.adapters import LINEAR, Adapter, Bottleneck, LoRA, LoRALinear, Prefix, begun, merged, switched_off
+from model.attention import Layout
+from model.folder import assemble, folder_weights, weights_hash
 from model.gpt import nll_by_place, summed_nll
 
 SETTINGS = {
@@ -176,7 +178,7 @@ def test_folders_that_cannot_be_opened_say_why(make_model, tmp_path):
     with pytest.raises(FileNotFoundError, match="stands on 'gone/base', which is no model folder here"):
         load_pretrained(tmp_path)
     for change, said in (
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; expected one of LORA, BOTTLENECK"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; expected one of LORA, BOTTLENECK, PREFIX_TUNING"),
         ({"bias": "all"}, "found bias 'all', expected 'none'"),
         ({"r": 3}, r"shape of model.layers.0.self_attn.q_proj.lora_A: found \(2, "),
         ({"trainable_token_indices": [3]}, "missing: model.embed_tokens.trainable_tokens_delta"),
@@ -193,6 +195,94 @@ def test_folders_that_cannot_be_opened_say_why(make_model, tmp_path):
         save_pretrained(make_model(), tmp_path / "base")
         save_adapter(bottleneck.adapter, learnt(bottleneck), tmp_path / "b")
         load_pretrained(tmp_path / "base", adapters=[tmp_path / "b", tmp_path / "b"])
+
+
+def test_an_adapter_is_not_opened_over_other_weights(make_model, tmp_path):
+    """It knows those it was learnt on by their hash; what follows it, and what PEFT has made, does not."""
+    base, other = make_model(), make_model(seed=1)
+    save_pretrained(base, tmp_path / "base")
+    save_pretrained(other, tmp_path / "other")
+    known = weights_hash(lambda: base.state_dict().items())
+    model = shake(adapted(base, LoRA(rank=2, base=str(tmp_path / "base"), base_hash=known)))
+    save_adapter(model.adapter, learnt(model), tmp_path / "tuned")
+    assert load_adapter(tmp_path / "tuned", base.config)[0] == model.adapter
+    assert apart(load_pretrained(tmp_path / "tuned"), model) < 1e-5
+    load_pretrained(tmp_path / "tuned", adapters=[tmp_path / "tuned"])
+    told = rf"tuned was learnt on other weights than .*%s has: their hash is \w{{32}}, expected {known}\. Put back"
+    with pytest.raises(ValueError, match=told % "other"):
+        load_pretrained(tmp_path / "other", adapters=[tmp_path / "tuned"])
+    save_pretrained(other, tmp_path / "base")  # trained anew
+    for wrong in (load_pretrained, lambda folder: dict(folder_weights(folder, base.config))):
+        with pytest.raises(ValueError, match=told % "base"):
+            wrong(tmp_path / "tuned")
+    object.__setattr__(model.adapter, "base_hash", "")
+    save_adapter(model.adapter, learnt(model), tmp_path / "tuned")
+    load_pretrained(tmp_path / "tuned")
+
+
+# Prefixes ------------------------------------------------------------------------------------------------------
+
+
+def prefixed(network: GPT, **settings: object) -> GPT:
+    return shake(adapted(network, Prefix(length=3, **settings)))
+
+
+def test_every_document_sees_the_prefix_as_if_it_were_alone(make_model):
+    model = prefixed(make_model())
+    lengths = [7, 1, 12, 10]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    ids = torch.arange(10, 40)[None]
+    alone = torch.cat([model(part[None]) for part in ids[0].split(lengths)], 1)
+    for layout in (None, Layout(ends, 12)):
+        torch.testing.assert_close(model(ids, positions, layout=layout), alone, atol=1e-5, rtol=1e-5)
+    assert (model(ids) - alone).abs().max() > 0.1  # as one document
+
+
+def test_without_its_prefix_a_network_is_the_one_it_stands_on(make_model):
+    base = make_model()
+    model = prefixed(base)
+    before = model(IDS)
+    assert (before - base(IDS)).abs().max() > 0.1
+    with switched_off(model):
+        assert torch.equal(model(IDS), base(IDS))
+    assert torch.equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [9], [30, 31, 8, 2, 1]]])
+def test_answers_are_those_of_the_whole_forward_pass(make_model, prompts):
+    model = prefixed(make_model())
+    answers = generate(model, prompts, max_new_tokens=10, temperature=0.0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = [*prompt]
+        for _ in range(10):
+            text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+        assert answer.ids == text[len(prompt) :]
+    assert answers != generate(make_model(), prompts, max_new_tokens=10, temperature=0.0)
+
+
+def test_a_prefix_comes_back_and_never_merges(make_model, tmp_path):
+    base = make_model(n_kv_heads=1)
+    save_pretrained(base, tmp_path / "base")
+    for tokens, name in (((), "PREFIX_TUNING"), ((2, 8), "PREFIX_TUNING_AND_TOKENS")):
+        model = prefixed(base, tokens=tokens, base=str(tmp_path / "base"))
+        save_adapter(model.adapter, learnt(model), tmp_path / "tuned")
+        assert json.loads((tmp_path / "tuned/adapter_config.json").read_text())["peft_type"] == name
+        adapter, weights = load_adapter(tmp_path / "tuned", base.config)
+        assert adapter == model.adapter and weights.keys() == learnt(model).keys()
+        assert torch.equal(load_pretrained(tmp_path / "tuned")(IDS), model(IDS))
+    with pytest.raises(ValueError, match="cannot be merged into them; a stage goes on with it by --adapter prefix"):
+        dict(folder_weights(tmp_path / "tuned", base.config))
+    settings = json.loads((tmp_path / "tuned/adapter_config.json").read_text())
+    (tmp_path / "tuned/adapter_config.json").write_text(json.dumps(settings | {"num_virtual_tokens": 4}))
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.prefix: found \(3, 16\), expected \(4, 16\)"):
+        load_adapter(tmp_path / "tuned", base.config)
+
+
+def test_a_prefix_has_two_rows_a_place_and_layer(make_model):
+    model = adapted(make_model(), Prefix(length=5))
+    config = model.config
+    assert model.num_parameters(learnt=True) == 5 * config.n_layers * 2 * config.n_kv_heads * config.head_dim
 
 
 # Bottlenecks ----------------------------------------------------------------------------------------------------

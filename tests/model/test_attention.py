@@ -11,9 +11,11 @@ import model.attention
 from dataset.batch import PairBatch
 from dataset.loader import PairRows
 from model import GPTConfig
-from model.attention import Context, Layout, attend, plan_blocks, rotary, visible
+from model.adapters import Prefix, begun
+from model.attention import Context, Layout, apply_rotary, attend, join, plan_blocks, rotary, visible
+from model.folder import assemble
 from model.gpt import summed_nll
-from tests.conftest import encoded
+from tests.conftest import encoded, spread_weights
 
 WIDTH = 150  # places a row
 
@@ -51,18 +53,25 @@ def queries_keys_values(rows: int, heads: int, kv_heads: int, dim: int = 8) -> l
     return [torch.randn(rows, WIDTH, n, dim, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
 
 
+def learnt_prefix(places: int, kv_heads: int, dim: int = 8) -> torch.Tensor:
+    return torch.randn(places, 2 * kv_heads * dim, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+
 def turns(positions: torch.Tensor, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return rotary(positions, GPTConfig(dim=dim, n_heads=1, n_kv_heads=1, rope_theta=100.0))
 
 
-def per_sequence(q, k, v, cu_seqlens, keys_too, longest, longest_key, window_size, **shared):
-    """What FlashAttention computes, one sequence after another."""
-    assert cu_seqlens.equal(keys_too) and window_size == (-1, 0) and cu_seqlens.dtype == torch.int32
-    assert longest == longest_key >= int(cu_seqlens.diff().max())
+def per_sequence(q, k, v, cu_queries, cu_keys, longest_query, longest_key, window_size, **shared):
+    """What FlashAttention computes, one sequence after another; the last query sees the last key."""
+    assert window_size == (-1, 0)
+    for ends, longest in ((cu_queries, longest_query), (cu_keys, longest_key)):
+        assert ends.dtype == torch.int32 and longest >= int(ends.diff().max())
     parts = []
-    for start, end in pairwise(cu_seqlens.tolist()):
-        one = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        parts.append(F.scaled_dot_product_attention(*one, is_causal=True, **shared)[0].transpose(0, 1))
+    for asked, seen in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True):
+        one = [x[slice(*ends)].transpose(0, 1)[None] for x, ends in ((q, asked), (k, seen), (v, seen))]
+        queries, keys = one[0].shape[2], one[1].shape[2]
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        parts.append(F.scaled_dot_product_attention(*one, attn_mask=mask, **shared)[0].transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -78,24 +87,47 @@ def test_what_is_visible_is_each_sequence_up_to_where_it_stands():
     assert expected.sum() == found.sum()  # nothing is seen in another row
 
 
+@pytest.mark.parametrize("prefix", [0, 5])
 @pytest.mark.parametrize("way", ["blocks", "varlen", "varlen without shared keys"])
 @pytest.mark.parametrize(("longest", "heads", "kv_heads"), [(9, 4, 2), (40, 4, 4), (WIDTH, 6, 1)])
-def test_fast_ways_are_the_plain_formula(monkeypatch, way, longest, heads, kv_heads):
+def test_fast_ways_are_the_plain_formula(monkeypatch, way, longest, heads, kv_heads, prefix):
     monkeypatch.setattr(model.attention, "LONG", 60)  # so that both sizes of blocks occur
     positions, layout, _ = random_rows(3, longest)
     if way == "blocks":
-        context = Context(*turns(positions), blocks=plan_blocks(layout, heads, kv_heads))
+        context = Context(*turns(positions), blocks=plan_blocks(layout, heads, kv_heads, prefix), prefix=prefix)
     else:
-        context = Context(*turns(positions), layout=layout)
+        joined = join(layout, prefix, positions.numel())
+        context = Context(*turns(positions), layout=layout, joined=joined, prefix=prefix)
         shared = {"enable_gqa": True} if way == "varlen" else {}
         monkeypatch.setattr(model.attention, "VARLEN_GQA", way == "varlen")
         kernel = lambda *tensors: per_sequence(*tensors, window_size=(-1, 0), **shared)  # noqa: E731
         monkeypatch.setattr(model.attention, "varlen", kernel)
-    inputs = queries_keys_values(3, heads, kv_heads)
-    plain, fast = attend(*inputs, Context(*turns(positions), mask=visible(positions))), attend(*inputs, context)
+    inputs = [*queries_keys_values(3, heads, kv_heads), learnt_prefix(prefix, kv_heads)]
+    mask = F.pad(visible(positions), (prefix, 0), value=True)
+    plain, fast = (
+        attend(*inputs[:3], each, inputs[3]) for each in (Context(*turns(positions), mask=mask, prefix=prefix), context)
+    )
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
     follows = torch.randn_like(plain)
+    inputs = inputs if prefix else inputs[:3]
     expected, found = (torch.autograd.grad(out, inputs, follows) for out in (plain, fast))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prefix_is_keys_and_values_before_every_sequence():
+    """The plain way against a softmax written out, one sequence after another; its keys are not turned."""
+    positions, _, sequences = random_rows(2, 40)
+    q, k, v = queries_keys_values(2, 2, 1)
+    prefix = learnt_prefix(3, 1)
+    mask = F.pad(visible(positions), (3, 0), value=True)
+    found = attend(q, k, v, Context(*turns(positions), mask=mask, prefix=3), prefix).flatten(0, 1)
+    turned = [apply_rotary(x, *turns(positions)).flatten(0, 1) for x in (q, k)]
+    expected = torch.empty_like(found)
+    for sequence in reversed(sequences):  # a place belongs to the first of several
+        for i, place in enumerate(sequence):
+            keys = torch.cat((prefix[:, :8], turned[1][sequence[: i + 1], 0]))
+            values = torch.cat((prefix[:, 8:], v.flatten(0, 1)[sequence[: i + 1], 0]))
+            expected[place] = (turned[0][place] @ keys.T / 8**0.5).softmax(-1) @ values
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -148,9 +180,15 @@ def pairs() -> tuple[PairBatch, dict[str, list]]:
     return rows.collate([*range(len(rows)), -1]), columns
 
 
+@pytest.mark.parametrize("prefix", [0, 4])
 @pytest.mark.parametrize("fast", [True, False])
-def test_answers_behind_one_prompt_have_the_likelihood_they_have_alone(make_model, fast):
+def test_answers_behind_one_prompt_have_the_likelihood_they_have_alone(make_model, fast, prefix):
     network = make_model()
+    if prefix:
+        adapter = Prefix(length=prefix)
+        network = assemble(network.config, begun(network.state_dict().items(), adapter, 1), adapter=adapter)
+        spread_weights(network)
+    learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
     batch, columns = pairs()
     layout = Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens) if fast else None
     nll = network(batch.input_ids, batch.position_ids, batch.labels, layout=layout)
@@ -161,7 +199,7 @@ def test_answers_behind_one_prompt_have_the_likelihood_they_have_alone(make_mode
             alone.append(F.cross_entropy(network(ids[:, :-1])[0, prompt - 1 :], ids[0, prompt:], reduction="sum"))
     found = torch.stack([nll[batch.segment == segment].sum() for segment in range(2 * batch.n_pairs)])
     torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=1e-5)
-    gradients = [torch.autograd.grad(loss, list(network.parameters())) for loss in (found.sum(), sum(alone))]
+    gradients = [torch.autograd.grad(loss, learnt) for loss in (found.sum(), sum(alone))]
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 

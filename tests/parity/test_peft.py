@@ -1,17 +1,18 @@
 """An adapter's folder is PEFT's: what either writes the other opens, over the same base, with the same logits."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("peft")
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
 
-from model import GPT, GPTConfig, load_pretrained, save_pretrained
+from model import GPT, GPTConfig, generate, load_pretrained, save_pretrained
 from model.adapter_folder import load_adapter, save_adapter
-from model.adapters import LoRA, begun
+from model.adapters import LoRA, Prefix, begun
 from model.folder import assemble
 from tests.conftest import spread_weights
 
@@ -92,3 +93,47 @@ def test_theirs_opened_by_us(base, tmp_path, settings):
     assert (adapter.rank, adapter.alpha) == (3, 5)
     assert_same_logits(load_pretrained(tmp_path / "theirs"), peft, plain)
     assert_same_logits(load_pretrained(folder, adapters=[tmp_path / "theirs"]), peft, plain)
+
+
+def test_our_prefix_opened_by_them(base, tmp_path):
+    plain, folder = base
+    adapter = Prefix(length=5, base=str(folder), base_hash="not asked by them")
+    ours = assemble(plain.config, begun(plain.state_dict().items(), adapter, seed=2), adapter=adapter)
+    spread_prefix(ours)
+    learnt = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    save_adapter(adapter, learnt, tmp_path / "ours")
+    with warnings.catch_warnings(record=True) as told:
+        peft = PeftModel.from_pretrained(theirs(folder), tmp_path / "ours")
+    assert not [warning for warning in told if "Unexpected" in str(warning.message)]  # a setting they do not know
+    assert_same_logits(ours, peft, plain)
+    text = [5, 6, 7]
+    for _ in range(12):  # not their generate: with transformers 5 it loses the prefix
+        text.append(int(peft(torch.tensor([text])).logits[0, -1].argmax()))
+    assert generate(ours, [[5, 6, 7]], max_new_tokens=12, temperature=0.0)[0].ids == text[3:]
+
+
+def test_their_prefix_opened_by_us(base, tmp_path):
+    plain, folder = base
+    peft = get_peft_model(theirs(folder), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    peft.save_pretrained(tmp_path / "theirs")  # as they begin: normal values
+    ours = load_pretrained(tmp_path / "theirs")
+    assert ours.adapter is not None and ours.adapter.prefix_length == 4
+    assert_same_logits(ours, peft, plain)
+
+
+def test_a_prefix_with_rows_of_tokens_is_refused_by_them(base, tmp_path):
+    """They would open it without those rows."""
+    plain, folder = base
+    adapter = Prefix(length=5, base=str(folder), tokens=(1, 2))
+    ours = assemble(plain.config, begun(plain.state_dict().items(), adapter, seed=2), adapter=adapter)
+    learnt = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    save_adapter(adapter, learnt, tmp_path / "ours")
+    with pytest.raises((KeyError, ValueError), match="PREFIX_TUNING_AND_TOKENS"):
+        PeftModel.from_pretrained(theirs(folder), tmp_path / "ours")
+
+
+def spread_prefix(model: GPT) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".prefix"):
+                parameter.normal_(generator=torch.Generator().manual_seed(4))

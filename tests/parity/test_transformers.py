@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from model import GPTConfig, generate, load_pretrained, save_pretrained
+from evaluation import Sample
+from evaluation.reward_model import RewardModel
+from model import GPTConfig, generate, load_config, load_pretrained, save_pretrained
 from tests.conftest import spread_weights
 
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
@@ -97,3 +107,54 @@ def test_config_keys_of_older_transformers():
     config = GPTConfig.from_hf(old)
     assert (config.rope_theta, config.n_kv_heads, config.head_dim, config.tie_embeddings) == (5e5, 4, 12, False)
     assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+# Reward models --------------------------------------------------------------------------------------------------------
+
+CHATS = [
+    ("Which is heavier?", "The horse is heavier."),
+    ("你好！", "你好"),
+    ("Say nothing.", ""),
+    ("Count.", "1 2 3 " * 9),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_a_reward_model_is_opened_by_them_with_the_same_scores(tmp_path, make_model, tokenizer, qk_norm, tied):
+    """They render the chat, pad it and look for the last token, all by what stands in the folder."""
+    model = make_model(
+        scores=True, qk_norm=qk_norm, tie_embeddings=tied, vocab_size=tokenizer.vocab_size, max_seq_len=96
+    )
+    save_pretrained(model, tmp_path, pad_token_id=tokenizer.pad_id, bos_token_id=tokenizer.bos_id)
+    tokenizer.save(tmp_path)
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in CHATS]
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    batch = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        chats, tokenize=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    expected = theirs(**batch).logits[:, 0]
+    scores = RewardModel.load(tmp_path)([Sample(chat[:1], chat[1]["content"], {}) for chat in chats])
+    assert expected.std() > 0.1 and type(theirs).__name__.startswith("Qwen3" if qk_norm else "Llama")
+    torch.testing.assert_close(torch.tensor(scores, dtype=torch.float32), expected, atol=1e-4, rtol=0)
+
+
+def test_a_reward_model_of_theirs_is_opened_by_us_and_one_of_several_labels_is_not(tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    for labels in (1, 2, 3):
+        config = their_model("llama", True).config
+        config.num_labels, config.pad_token_id = labels, 0
+        theirs = LlamaForSequenceClassification(config).eval()
+        spread_weights(theirs)
+        theirs.save_pretrained(tmp_path / str(labels))
+    ids = torch.tensor([[1, 71, 90, 5, 33], [1, 200, 4, 9, 7]])
+    with torch.no_grad():
+        config.num_labels = 1
+        ours = load_pretrained(tmp_path / "1")
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "1").eval()
+        torch.testing.assert_close(ours(ids)[:, -1], theirs(ids).logits, atol=1e-4, rtol=0)
+    for labels in (2, 3):
+        with pytest.raises(ValueError, match=f"a head for {labels} labels"):
+            load_config(tmp_path / str(labels))

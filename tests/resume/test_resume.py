@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import (
     LORA,
+    PREFIX,
     ROOT,
     command,
     environment,
@@ -48,10 +49,12 @@ def flags_of(base: Path, stage: str, out: Path) -> list:
         ("dpo", []),
         ("kto", []),
         ("distill", []),
+        ("reward", []),
         ("grpo", ["--batch_size", 4, "--epochs", 1, "--inner_epochs", 2, "--kl", 0.1, "--eval_interval", 6]),
         ("full_sft", [*LORA, "--lora_dropout", 0.1]),
+        ("dpo", PREFIX),
     ],
-    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "grpo", "lora"],
+    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "reward", "grpo", "lora", "prefix"],
 )
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     base: Path, tmp_path: Path, stage: str, flags: list, capfd: Any

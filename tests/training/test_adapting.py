@@ -1,6 +1,7 @@
 """From flags to an adapter, from one stage's adapter to the next, and to a whole model again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from model import load_pretrained, save_pretrained
 from model.adapter_folder import base_folder, load_adapter
 from model.adapters import LINEAR, LoRA
 from scripts import convert
-from tests.helpers import LORA, run_here, stage_flags, train_here, train_start
+from tests.helpers import BOTTLENECK, LORA, PREFIX, run_here, stage_flags, train_here, train_start
 from training import DPOConfig, PretrainConfig, SFTConfig, load_config
 from training.adapting import adapter_of, flags_of
 from training.optimizer import build_optimizers
+from training.saver import differences
 from training.setup import starting_model, weights_hash
 
 
@@ -46,7 +48,8 @@ def config_of(cls: type, folder: Path, *flags: str):
 def test_defaults_are_filled_in_and_recorded(folder):
     start = starting_model(config_of(SFTConfig, folder, "--adapter", "lora"))
     adapter = start.model.adapter
-    assert adapter == LoRA(tokens=tuple(sorted(start.tokenizer.control_ids)), base=str(folder))
+    known = {"base": str(folder), "base_hash": weights_hash(start.found)}
+    assert adapter == LoRA(tokens=tuple(sorted(start.tokenizer.control_ids)), **known)
     assert (adapter.rank, adapter.alpha, adapter.targets) == (16, 32, LINEAR)
     flags = flags_of(adapter)
     assert flags["lora_targets"] == "all" and flags["train_control_tokens"] is True
@@ -80,16 +83,18 @@ def test_control_tokens_are_learnt_where_a_chat_begins(folder, tokenizer, tmp_pa
     chats.rename(folder)
     assert tokens(SFTConfig, folder) and not tokens(PretrainConfig, folder)
     assert not tokens(SFTConfig, folder, "--train_control_tokens", "no")
+    prefix = ["--adapter", "prefix"]  # with which PEFT would not see them
+    assert not tokens(SFTConfig, folder, *prefix) and tokens(SFTConfig, folder, *prefix, "--train_control_tokens")
 
 
 def test_first_values_are_no_part_of_what_a_run_starts_from(folder):
     """So that the reference of preference pairs is the model's, whatever is to be learnt."""
-    plain, adapted, other = (
+    plain, *others = (
         starting_model(config_of(DPOConfig, folder, *flags))
-        for flags in ([], ["--adapter", "lora"], ["--adapter", "lora", "--seed", "7"])
+        for flags in ([], ["--adapter", "lora"], ["--adapter", "lora", "--seed", "7"], PREFIX)
     )
-    assert weights_hash(plain.found) == weights_hash(adapted.found) == weights_hash(other.found)
-    assert weights_hash(adapted.weights) != weights_hash(other.weights)
+    assert {weights_hash(start.found) for start in others} == {weights_hash(plain.found)}
+    assert len({weights_hash(start.weights) for start in others}) == 3
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def test_first_values_are_no_part_of_what_a_run_starts_from(folder):
         (["--lora_rank", "8"], "--lora_rank is 8, and the adapter is none; give --adapter lora"),
         (
             ["--train_control_tokens"],
-            "--train_control_tokens is True, and the adapter is none; give --adapter lora or bottleneck",
+            "--train_control_tokens is True, and the adapter is none; give --adapter lora or bottleneck or prefix",
         ),
         (["--adapter", "lora", "--init_from", "none"], "give the model to start from with --init_from"),
         (["--adapter", "lora", "--lora_targets", "q,k"], "'q' names no linear layer of a block"),
@@ -150,6 +155,47 @@ def test_the_next_stage_goes_on_with_the_adapter_on_the_same_base(base):
     assert abs(records[0]["drift"]) < 1e-4 < abs(records[-1]["drift"])
 
 
+AT_FIRST = {"kto": 0.5, "ipo": 25.0, "simpo": None, "orpo": None}  # loss of a model that is its own reference, beta 0.1
+
+
+@pytest.mark.parametrize("start", ["start/full_sft_32", "out/full_sft_32"], ids=["a new adapter", "one that goes on"])
+def test_whatever_the_preference_loss_its_reference_is_the_model_before(base, tmp_path, start):
+    """The same whether all weights are learnt or an adapter; where a loss has no reference, none is computed."""
+    for loss, expected in AT_FIRST.items():
+        seen = {}
+        for adapter in ([], ["--adapter", "lora"]):
+            cache = tmp_path / f"{loss} {len(adapter)}"
+            flags = [*stage_flags(base, "dpo", tmp_path), "--init_from", base / start, "--cache_dir", cache, *adapter]
+            name = f"{loss}_{len(adapter)}"
+            steps = ["--max_steps", 3, "--batch_size", 4, "--learning_rate", 1e-2, "--run_name", name]
+            train_here("dpo", *flags, *steps, "--loss_type", loss)
+            seen[len(adapter)] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+            assert bool(list(cache.glob("reference-*"))) == (expected is not None)
+        full, adapted = seen.values()
+        assert adapted[0]["loss"] == pytest.approx(expected or full[0]["loss"], rel=1e-4)
+        assert abs(adapted[-1]["chosen_reward"] - adapted[0]["chosen_reward"]) > 1e-3
+        assert ("drift" in adapted[0]) == (expected is not None) and abs(adapted[0].get("drift", 0)) < 1e-4
+
+
+def test_an_adapter_learns_from_a_teacher_which_may_be_an_adapter(base, tmp_path):
+    steps = ["--max_steps", 4, "--batch_size", 4, "--learning_rate", 1e-2]
+    flags = [*stage_flags(base, "distill", tmp_path), *steps]
+    whole = tmp_path / "whole"
+    assert convert.main(["merge", str(base / "out/full_sft_32"), "--into", str(whole)]) == 0
+    first = {}
+    for name, teacher, own in [
+        ("all", base / "out/full_sft_32", []),
+        ("lora", base / "out/full_sft_32", LORA),
+        ("lora, merged teacher", whole, LORA),
+    ]:
+        train_here("distill", *flags, *own, "--teacher", teacher, "--run_name", name)
+        first[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+    assert first["lora"][0] == pytest.approx(first["all"][0], rel=1e-5)  # an adapter changes nothing at first
+    assert first["lora"] == pytest.approx(first["lora, merged teacher"], rel=1e-5)
+    assert first["lora"][-1] < first["lora"][0]
+    assert {path.name for path in (tmp_path / "lora").glob("*.safetensors")} == {"adapter_model.safetensors"}
+
+
 def test_a_flag_may_not_contradict_the_adapter_that_is_there(base, tokenizer):
     start = base / "out/full_sft_32"
     shape = load_pretrained(start).config
@@ -188,25 +234,71 @@ def test_eval_model_opens_an_adapter_alone_and_on_a_base(base, capsys):
 
 
 def test_another_adapter_is_another_run(base):
-    done = run_here(
-        "full_sft", *stage_flags(base, "full_sft", base / "out"), "--adapter", "lora", "--lora_rank", 2,
-        "--max_steps", 3, "--batch_size", 4, "--learning_rate", 1e-2,
-    )  # fmt: skip
-    assert done.returncode == 2 and "--lora_rank was 4 and is 2" in done.stderr and "--resume none" in done.stderr
+    flags = [*stage_flags(base, "full_sft", base / "out"), "--max_steps", 3, "--batch_size", 4, "--learning_rate", 1e-2]
+    for other, told in (
+        (["--adapter", "lora", "--lora_rank", 2], "--lora_rank was 4 and is 2"),
+        (PREFIX, "--adapter was lora and is prefix"),
+        ([], "--adapter was lora and is None"),
+    ):
+        done = run_here("full_sft", *flags, *other)
+        assert done.returncode == 2 and told in done.stderr and "--resume none" in done.stderr
 
 
-def test_a_bottleneck_goes_from_stage_to_stage_and_is_never_merged(base, tmp_path, capsys):
-    steps = ["--max_steps", 3, "--batch_size", 4, "--learning_rate", 1e-2, "--adapter", "bottleneck"]
-    train_here("full_sft", *stage_flags(base, "full_sft", tmp_path), *steps, "--bottleneck_size", 3)
+def test_no_adapter_goes_on_from_a_checkpoint_of_all_weights(folder):
+    """Whether or not it was written when there were adapters."""
+    config = starting_model(config_of(SFTConfig, folder, "--adapter", "lora")).config
+    for before in ({"adapter": None, "lora_rank": None, "seed": 42}, {"seed": 42}):
+        now = {"adapter": "lora", "lora_rank": 16, "seed": 42}
+        assert "--adapter was None and is lora" in differences({"identity": before}, now, config)
+    assert differences({"identity": {"seed": 42}}, {"adapter": None, "seed": 42}, config) == []
+
+
+def test_a_new_prefix_is_no_part_of_the_reference(base, tmp_path):
+    """Any key takes its share of attention, so the model with it does not say what it starts from."""
+    said = []
+    for name, adapter in (("plain", []), ("prefix", PREFIX)):
+        flags = [*stage_flags(base, "dpo", tmp_path / name), "--max_steps", 1, "--batch_size", 4, *adapter]
+        train_here("dpo", *flags, "--cache_dir", tmp_path / name / "cache")
+        files = sorted((tmp_path / name / "cache").glob("reference-*.pt"))
+        said.append({path.name: torch.load(path, weights_only=True)[0] for path in files})
+    assert said[0].keys() == said[1].keys() and len(said[0]) == 2
+    for name, plain in said[0].items():  # pairs that one step does not come to are not a number
+        torch.testing.assert_close(said[1][name], plain, rtol=0, atol=0, equal_nan=True)
+        assert plain.isfinite().any()
+    drift = [
+        json.loads((tmp_path / f"{name}/dpo_32/metrics.jsonl").read_text())["drift"] for name in ("plain", "prefix")
+    ]
+    assert abs(drift[0]) < 1e-4 < abs(drift[1])
+
+
+def test_a_base_that_was_trained_anew_is_told(base, make_model, tmp_path):
+    flags = [*stage_flags(base, "full_sft", tmp_path), "--max_steps", 1, "--batch_size", 4, *BOTTLENECK]
+    pretrained = tmp_path / "pretrain_32"
+    shutil.copytree(base / "start/pretrain_32", pretrained)
+    train_here("full_sft", *flags, "--init_from", pretrained)
+    start = starting_model(config_of(DPOConfig, tmp_path / "full_sft_32", "--adapter", "bottleneck"))
+    weights_hash(start.found)
+    save_pretrained(make_model(vocab_size=6400, ffn_dim=128, seed=1), pretrained)
+    with pytest.raises(ValueError, match="full_sft_32 was learnt on other weights than .*pretrain_32 has"):
+        weights_hash(start.found)
+
+
+@pytest.mark.parametrize("adapter", [BOTTLENECK, PREFIX], ids=["bottleneck", "prefix"])
+def test_other_adapters_go_from_stage_to_stage_and_are_never_merged(base, tmp_path, capsys, adapter):
+    steps = ["--max_steps", 3, "--batch_size", 4, "--learning_rate", 1e-2]
+    train_here("full_sft", *stage_flags(base, "full_sft", tmp_path), *steps, *adapter)
     first = tmp_path / "full_sft_32"
     shape = load_pretrained(first).config
-    train_here("dpo", *stage_flags(base, "dpo", tmp_path), *steps, "--init_from", first)
+    train_here("dpo", *stage_flags(base, "dpo", tmp_path), *steps, *adapter[:2], "--init_from", first)
     assert load_adapter(tmp_path / "dpo_32", shape)[0] == load_adapter(first, shape)[0]
     records = [json.loads(line) for line in (tmp_path / "dpo_32/metrics.jsonl").read_text().splitlines()]
     assert records[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     flags = ["--model", str(first), "--prompt", "Hi", "--max_new_tokens", "4"]
     assert eval_model.main(flags) == 0
     assert convert.main(["merge", str(first), "--into", str(tmp_path / "whole")]) == 2
-    assert "it does not merge" in capsys.readouterr().err and not (tmp_path / "whole").exists()
+    assert (
+        f"a {adapter[1]} adapter is no change of weights" in capsys.readouterr().err
+        and not (tmp_path / "whole").exists()
+    )
     done = run_here("dpo", *stage_flags(base, "dpo", tmp_path / "other"), "--init_from", first)
-    assert done.returncode == 2 and "--adapter bottleneck" in done.stderr
+    assert done.returncode == 2 and f"--adapter {adapter[1]}" in done.stderr

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from tests.helpers import ROOT
-from training import STAGES, DPOConfig, GRPOConfig, PretrainConfig, SFTConfig, load_config
+from training import STAGES, DPOConfig, GRPOConfig, PretrainConfig, RewardConfig, SFTConfig, load_config
 from training.config import BEST, SHAPE_FLAGS, Rule, rules, save_config, stage_of
 
 
@@ -251,7 +251,8 @@ def test_a_default_of_a_stage_keeps_the_rule_all_stages_have(cls):
     shared = rules(PretrainConfig)
     changed = {name for name, rule in rules(cls).items() if name in shared and rule != shared[name]}
     prompts = {"batch_size", "global_batch_size", "eval_rows", "sample_interval", "compile"}
-    assert changed == {DPOConfig: {"batch_size"}, GRPOConfig: prompts}.get(cls, set())
+    pairs = {"batch_size"}
+    assert changed == {DPOConfig: pairs, RewardConfig: pairs, GRPOConfig: prompts}.get(cls, set())
     for name in changed:  # it says more, and bounds the same
         assert replace(rules(cls)[name], help="") == replace(shared[name], help="")
 
@@ -278,8 +279,8 @@ READ_BY = {  # flags that are read beside others only
     "desirable_weight": {"loss_type": "kto"},
     "undesirable_weight": {"loss_type": "kto"},
     "bottleneck_size": {"adapter": "bottleneck"},
+    "prefix_length": {"adapter": "prefix"},
 } | {name: {"adapter": "lora"} for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")}
-READ_BY["bottleneck_size"] = {"adapter": "bottleneck"}
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

@@ -19,10 +19,11 @@ from model import GPT
 from tests.conftest import encoded
 from tests.dataset.foreign import CHATML, LLAMA3, make_foreign_folder
 from tests.helpers import make_teacher, run_here, stage_flags, train_here, train_start
-from training import Distillation, DistillConfig, top_k
+from training import Distillation, DistillConfig
 from training.distillation import TopK, forward_kl, jsd, reverse_kl
 from training.distributed import World
 from training.engines import Machine, SingleEngine
+from training.frozen import FrozenOutputs
 from training.objectives import Output
 from training.setup import other_vocabulary, starting_model, starting_teacher
 from training.teacher import TaughtBatch, Teacher
@@ -237,11 +238,11 @@ def test_rows_bring_along_what_the_teacher_says_of_them(fill, teacher) -> None:
 def test_a_teacher_is_asked_about_a_row_once(fill, teacher, monkeypatch, tmp_path) -> None:
     """Of a run of one step, two rows; the one that comes to all asks for the third."""
     asked: list[list[int]] = []
-    ask_ahead = top_k.ask_ahead
+    ask_about = FrozenOutputs.fill
     monkeypatch.setattr(
-        top_k,
-        "ask_ahead",
-        lambda rows, first, wanted, *rest: (asked.append(wanted), ask_ahead(rows, first, wanted, *rest)),
+        FrozenOutputs,
+        "fill",
+        lambda self, tables, wanted, *rest: (asked.append(wanted), ask_about(self, tables, wanted, *rest)),
     )
     few = fill(teacher, max_steps=1)
     seen = sorted(few.order(0)[:2].tolist())

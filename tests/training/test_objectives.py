@@ -217,7 +217,7 @@ def test_a_stage_is_made_of_a_form_and_an_objective_that_fit_its_config(stage):
     made = STAGES[stage]
     assert made.config.stage == stage and made.form.stage == {"distill": "full_sft"}.get(stage, stage)
     objective = made.objective(load_config(made.config, []))
-    assert objective.names[0] == "loss" and objective.unit == ("pairs" if stage == "dpo" else "")
+    assert objective.names[0] == "loss" and objective.unit == ("pairs" if stage in ("dpo", "reward") else "")
 
 
 def test_dpo_is_made_with_the_beta_of_its_config():

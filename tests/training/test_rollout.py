@@ -18,7 +18,8 @@ from tests.helpers import write_jsonl
 from training import GRPO, GRPOConfig
 from training.distributed import World
 from training.engines import Machine, SingleEngine
-from training.rollout import Answer, Group, Judged, Judging, Rollouts, Sampling, lay_groups, pass_at, roll_out
+from training.groups import Answer, Group, Sampling
+from training.rollout import Judged, Judging, Rollouts, lay_groups, pass_at, roll_out
 
 HOW = Sampling(group_size=4, max_new_tokens=10, temperature=0.9, seed=3)
 TEXTS = ["Hi", "What is 6 x 7?", "a b c d e f g", "Tell me more", "And then?", "你好", "Why?"]
@@ -81,7 +82,7 @@ def test_training_reads_the_answers_as_they_were_drawn(make_rollouts) -> None:
 def test_answers_behind_one_prompt_are_those_of_the_single_sequences(make_rollouts, rows) -> None:
     """The layout beside its plain twin: each prompt and answer alone, without packing or branches; the start's, too."""
     rollouts = make_rollouts()
-    groups = list(rollouts.answered([0, 1, 2], rollouts.engine.model).values())
+    groups = rollouts.answered([0, 1, 2], rollouts.engine.model)
     batch = rollouts.batch(groups, rollouts.engine.model)
     with rollouts.as_it_began(rollouts.engine.model) as start, torch.no_grad():
         for model, found in ((rollouts.engine.model, batch.drawn_at), (start, batch.reference)):
@@ -140,7 +141,7 @@ def test_groups_without_variance_teach_nothing_and_may_be_left_out(make_rollouts
 
 def test_advantages_and_tallies_follow_from_the_rewards(make_rollouts) -> None:
     rollouts = make_rollouts(reward=["length:12"], overlong_buffer=9)
-    groups = list(rollouts.answered([0, 1, 2, 3], rollouts.engine.model).values())
+    groups = rollouts.answered([0, 1, 2, 3], rollouts.engine.model)
     rewards, tallies = rollouts.judge(groups)
     counted = dict(zip(GRPO(parts=["length"]).tallies, tallies.tolist(), strict=True))
     expected = [
@@ -168,7 +169,7 @@ def test_what_a_tool_said_is_read_and_not_learnt(tokenizer, make_model) -> None:
         Answer([8, 9, 30, 31, 12, 2], [True, True, False, False, True, True], [0.0] * 4, 0.0, "stop", ""),
         Answer([8, 2], [True, True], [0.0] * 2, 0.0, "stop", ""),
     ]
-    laid = lay_groups([Group(0, [5, 6, 7], {}, "", answers)], pad_id=3)
+    laid = lay_groups([Group(0, 0, [5, 6, 7], {}, "", answers)], pad_id=3)
     labels = laid["labels"][0]
     assert labels.tolist() == [-100, -100, 8, 9, -100, -100, 12, 2, 8, 2]
     assert laid["input_ids"][0].tolist() == [5, 6, 7, 8, 9, 30, 31, 12, 7, 8] and laid["supervised"] == 6
