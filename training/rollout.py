@@ -42,6 +42,7 @@ from training.setup import Data, Start
 from training.stages import GRPOConfig
 from training.tool_turns import NO_TOOLS, Toolbox, count_calls, take_turns
 
+HELD_OUT = 2**32  # added to the seed that held-out answers are drawn by
 AsItBegan = Callable[[GPT], AbstractContextManager[GPT]]  # of the network as it is, the one that training began with
 
 
@@ -268,7 +269,8 @@ def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
     )  # fmt: skip
     if data.val is None:
         return Sources(train, None)
-    how = how._replace(group_size=config.eval_group_size)
+    # not by the numbers of training, by which what was right then is drawn again more often than by others
+    how = how._replace(group_size=config.eval_group_size, seed=config.seed + HELD_OUT)
     val = Judged(data.val, engine, start.tokenizer, how, Judging(reward, passing), as_it_began, box=box)
     return Sources(train, val)
 
