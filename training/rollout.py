@@ -42,6 +42,7 @@ from training.setup import Data, Start
 from training.stages import GRPOConfig, RolloutConfig
 from training.tool_turns import NO_TOOLS, Toolbox, count_calls, take_turns
 
+HELD_OUT = 2**32  # added to the seed that held-out answers are drawn by
 AsItBegan = Callable[[GPT], AbstractContextManager[GPT]]  # of the network as it is, the one that training began with
 
 
@@ -111,12 +112,15 @@ class Rollouts:
         return self.rows.prompts(limit)
 
     def update(self, position: int) -> list[Batch]:
-        """Every rank takes part, also one that has no prompt left."""
+        """Every rank takes part, also one that has no prompt left. All of its answers are drawn side by side: their
+        cache is small beside what learning from a micro-batch takes."""
+        parts = self.loader.positions(position)
         with self.engine.generator() as network:
-            return [self.batch(self.answered(here, network), network) for here in self.loader.positions(position)]
+            groups = {group.key: group for group in self.answered([each for part in parts for each in part], network)}
+            return [self.batch([groups[each] for each in part if each in groups], network) for part in parts]
 
     def answered(self, positions: list[int], network: GPT) -> list[Group]:
-        """The prompts at these positions, with their answers."""
+        """The prompts at these positions, with their answers; no more than there are."""
         numbers = {each: self.loader.row_at(each) for each in positions}
         keys = [each for each, number in numbers.items() if number != EMPTY_ROW]
         prompts = [self.rows.ids(numbers[key]) for key in keys]
@@ -262,12 +266,17 @@ def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
     train = Judged(data.train, engine, start.tokenizer, how, judging, as_it_began, config.inner_epochs, box)
     if data.val is None:
         return Sources(train, None)
-    how, held_out = how._replace(group_size=config.eval_group_size), Judging(plain.reward, plain.pass_reward)
+    how, held_out = held_out_sampling(config), Judging(plain.reward, plain.pass_reward)
     return Sources(train, Judged(data.val, engine, start.tokenizer, how, held_out, as_it_began, box=box))
 
 
 def sampling_of(config: RolloutConfig) -> Sampling:
     return Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)
+
+
+def held_out_sampling(config: RolloutConfig) -> Sampling:
+    """Not by the numbers of training, by which what was right then is drawn again more often than by others."""
+    return sampling_of(config)._replace(group_size=config.eval_group_size, seed=config.seed + HELD_OUT)
 
 
 def judging_of(config: RolloutConfig, engine: Engine) -> Judging:

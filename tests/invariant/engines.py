@@ -46,7 +46,8 @@ def run_of(base: Path, run: str, name: str, *flags: object) -> tuple[str, list]:
     stage, adapter = adapter_of(run)
     if adapter:
         start = ["--init_from", base / "single" / f"{LORA_START}_32"] if run == "dpo_lora" else []
-        flags = (*flags, "--run_name", f"{run}_32", *start, *adapter)
+        faster = ["--learning_rate", 3e-3] if run in OTHERS else []  # fewer parameters, and new ones
+        flags = (*flags, "--run_name", f"{run}_32", *start, *adapter, *faster)
     # validation rows are fewer than ranks, and only rank 0 writes samples: neither may leave a rank behind
     steps = [
         "--max_steps",
@@ -71,12 +72,21 @@ def adapter_of(run: str) -> tuple[str, list[str]]:
     return (stage, ADAPTERS[kind]) if kind in ADAPTERS else (run, [])
 
 
-def train_all(base: Path, engines: Engines, ranks: int, drill: bool = False, more: Runs = (), **how: object) -> None:
-    """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four."""
+def train_all(
+    base: Path,
+    engines: Engines,
+    ranks: int,
+    drill: bool = False,
+    more: Runs = (),
+    also: Sequence[tuple[str, list]] = (),
+    **how: object,
+) -> None:
+    """Rows of very different weight: eight an update, two a micro-batch on two ranks, one on four. also: stages with
+    all their flags, in the same processes."""
     split = ["--batch_size", 4 // ranks, "--accumulation_steps", 2]
     met = [(stage, engine, engines[engine].flags) for engine, stage in meetings(engines, drill)]
     runs = [run_of(base, stage, f"{name} x{ranks}", *split, *flags) for stage, name, flags in [*met, *more]]
-    train_many(base, runs, ranks, **how)
+    train_many(base, [*runs, *also], ranks, **how)
 
 
 def same_as_alone(base: Path, name: str, stage: str, single: str = "single") -> None:

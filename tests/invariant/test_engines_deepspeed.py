@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.invariant.engines import OTHERS, STAGES, Asked, meetings, same_as_alone, train_all, train_alone
+from tests.invariant.rollouts import rollout_runs, same_rollouts_as_alone, train_rollouts_alone
 
 # stage 3 first: it must not live on what another stage has set up in the same process
 DEEPSPEED = {
@@ -22,18 +23,25 @@ DEEPSPEED = {
         ["--zero_stage", "3", "--offload", "cpu", "--grad_checkpointing", "--async_save"], ("full_sft", "dpo")
     ),
 }  # fmt: skip
+ROLLOUTS = {"zero2": ("plain", "filtered"), "zero3": ("unfiltered", "lora")}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
     train_alone(folder)
+    train_rollouts_alone(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def spread(alone: Path) -> Path:
-    train_all(alone, DEEPSPEED, ranks=2, deepspeed=True)
+    rollouts = [
+        run
+        for name, kinds in ROLLOUTS.items()
+        for run in rollout_runs(alone, f"{name} x2", 2, *DEEPSPEED[name].flags, wanted=kinds)
+    ]
+    train_all(alone, DEEPSPEED, ranks=2, also=rollouts, deepspeed=True)
     return alone
 
 
@@ -46,6 +54,11 @@ def drilled(alone: Path) -> Path:
 @pytest.mark.parametrize(("engine", "stage"), meetings(DEEPSPEED))
 def test_two_ranks_under_the_deepspeed_launcher(spread: Path, engine: str, stage: str) -> None:
     same_as_alone(spread, f"{engine} x2", stage)
+
+
+@pytest.mark.parametrize(("engine", "kind"), [(name, kind) for name, kinds in ROLLOUTS.items() for kind in kinds])
+def test_two_ranks_draw_the_answers_of_one(spread: Path, engine: str, kind: str) -> None:
+    same_rollouts_as_alone(spread, f"{engine} x2", kind)
 
 
 @pytest.mark.slow

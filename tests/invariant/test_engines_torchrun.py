@@ -9,6 +9,13 @@ import pytest
 
 from tests.helpers import train_here
 from tests.invariant.engines import OTHERS, STAGES, Asked, meetings, run_of, same_as_alone, train_all, train_alone
+from tests.invariant.rollouts import (
+    KINDS,
+    rollout_runs,
+    rollouts_tell_something,
+    same_rollouts_as_alone,
+    train_rollouts_alone,
+)
 
 TORCHRUN = {
     "ddp": Asked(["--engine", "ddp"], (*STAGES, *OTHERS)),
@@ -18,6 +25,7 @@ TORCHRUN = {
         ["--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save"], ("full_sft", "dpo_lora")
     ),
 }
+ROLLOUTS = ("ddp", "fsdp")
 TOP_K = ["--teacher_top_k", "16", "--distill_loss", "jsd", "--distill_temperature", "2", "--ce_weight", "0.3"]
 FOUR = {
     "ddp": Asked(["--engine", "ddp"], ("pretrain", "kto")),
@@ -31,12 +39,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_alone(folder)
     stage, flags = run_of(folder, "distill", "top k", *TOP_K, "--batch_size", 8)
     train_here(stage, *flags)
+    train_rollouts_alone(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def spread(alone: Path) -> Path:
-    train_all(alone, TORCHRUN, ranks=2, more=[("distill", "top k", [*TOP_K, "--cache_dir", f"{alone}/none yet"])])
+    rollouts = [run for name in ROLLOUTS for run in rollout_runs(alone, f"{name} x2", 2, *TORCHRUN[name].flags)]
+    more = [("distill", "top k", [*TOP_K, "--cache_dir", f"{alone}/none yet"])]
+    train_all(alone, TORCHRUN, ranks=2, more=more, also=rollouts)
     train_all(alone, FOUR, ranks=4, nodes=2)
     return alone
 
@@ -60,6 +71,16 @@ def test_four_ranks_on_two_nodes(spread: Path, engine: str, stage: str) -> None:
 
 def test_ranks_ask_a_teacher_ahead_side_by_side(spread: Path) -> None:
     same_as_alone(spread, "top k x2", "distill", single="top k")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ROLLOUTS)
+def test_two_ranks_draw_the_answers_of_one(spread: Path, engine: str, kind: str) -> None:
+    same_rollouts_as_alone(spread, f"{engine} x2", kind)
+
+
+def test_rollouts_tell_something(alone: Path) -> None:
+    rollouts_tell_something(alone)
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from tests.helpers import write_jsonl
 from training import GRPO, GRPOConfig
 from training.distributed import World
 from training.engines import Machine, SingleEngine
-from training.groups import Answer, Group, Sampling
-from training.rollout import Judged, Judging, Rollouts, lay_groups, pass_at, roll_out
+from training.groups import Answer, Group, Sampling, uniform
+from training.rollout import Judged, Judging, Rollouts, judged_rollouts, lay_groups, pass_at, roll_out
+from training.setup import Data, Start
 
 HOW = Sampling(group_size=4, max_new_tokens=10, temperature=0.9, seed=3)
 TEXTS = ["Hi", "What is 6 x 7?", "a b c d e f g", "Tell me more", "And then?", "你好", "Why?"]
@@ -214,6 +215,17 @@ def test_plain_rollouts_are_batches_of_labelled_answers(make_rollouts, tokenizer
     (batch,), (other,) = plain.update(0), judged.update(0)
     assert torch.equal(batch.labels, other.labels) and torch.equal(batch.position_ids, other.position_ids)
     assert plain.rows_per_update == 4 and plain.rows_per_epoch == 7 and not plain.ahead
+
+
+def test_held_out_answers_are_drawn_by_numbers_of_their_own(make_rollouts, rows, tokenizer) -> None:
+    """Those of training would flatter: what was right by them has become likelier by them."""
+    rollouts = make_rollouts()
+    config = GRPOConfig(reward=["length:30"], group_size=4, max_new_tokens=10, seed=3)
+    start = Start(rollouts.engine.model, rollouts.engine.model.named_parameters, tokenizer, config, 48)
+    sources = judged_rollouts(Data(rollouts.loader, rollouts.loader), rollouts.engine, start)
+    assert sources.val is not None and sources.val.how.group_size == 8
+    train, val = (uniform(source.how, 0, 0) for source in (sources.train, sources.val))
+    assert not torch.equal(train, val) and torch.equal(val, uniform(sources.val.how, 0, 0))
 
 
 def test_no_prompt_gives_no_answer(tokenizer, make_model) -> None:

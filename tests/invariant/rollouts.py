@@ -1,10 +1,12 @@
-"""The model's own answers, and what is learnt from them, are the same however many processes draw them."""
+"""What the tests of engines share about rollouts: the model's own answers, and what is learnt from them, are the same
+however many processes draw them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import LORA, metrics, stage_flags, train_here, train_many, train_start
+from tests.helpers import LORA, metrics, stage_flags, train_here
 
 STEPS = 5
 CURVES = ("reward", "reward_std", "loss", "grad_norm", "kl", "entropy", "length", "zero_variance", "distinct", "tokens")
@@ -14,10 +16,12 @@ HELD_OUT = ("val_reward", "pass_at_1", "val_entropy", "val_ended")
 OWN = """def longer(messages, answer, row):
     return len(answer) / 20 if int(messages[-1]["content"].split()[0]) % 2 else 0.5
 """
-ENGINES = {"ddp": ["--engine", "ddp"], "fsdp": ["--engine", "fsdp"]}
+KINDS = ("plain", "filtered", "unfiltered", "lora", "ppo")
 
 
-def runs(base: Path, name: str, ranks: int, *flags: str) -> list[tuple[str, list]]:
+def rollout_runs(
+    base: Path, name: str, ranks: int, *flags: str, wanted: Sequence[str] = KINDS
+) -> list[tuple[str, list]]:
     """Every prompt teaching; with prompts whose answers are all worth the same, left out or not; an adapter; several
     updates from the same answers; a critic beside the policy."""
     own = ["--reward", f"{base}/own.py:longer", "--batch_size", 2 // ranks, "--global_batch_size", 2]
@@ -30,27 +34,20 @@ def runs(base: Path, name: str, ranks: int, *flags: str) -> list[tuple[str, list
     }
     steps = ["--max_steps", STEPS, "--learning_rate", 1e-3, "--eval_interval", 3, "--save_interval", 3]
     return [
-        (stage, [*stage_flags(base, stage, base / name), *steps, *more, *flags, "--run_name", f"{kind}_32"])
-        for kind, more in kinds.items()
+        (stage, [*stage_flags(base, stage, base / name), *steps, *kinds[kind], *flags, "--run_name", f"{kind}_32"])
+        for kind in wanted
         for stage in ["ppo" if kind == "ppo" else "grpo"]
     ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rollouts")
-    train_start(folder)
-    (folder / "own.py").write_text(OWN)
-    for stage, flags in runs(folder, "single", 1):
+def train_rollouts_alone(base: Path) -> None:
+    """What one process makes of each kind, from the model of `train_start`."""
+    (base / "own.py").write_text(OWN)
+    for stage, flags in rollout_runs(base, "single", 1):
         train_here(stage, *flags)
-    train_many(folder, [run for name, flags in ENGINES.items() for run in runs(folder, name, 2, *flags)])
-    train_many(folder, runs(folder, "zero2", 2, "--zero_stage", "2"), deepspeed=True)
-    return folder
 
 
-@pytest.mark.parametrize("kind", ["plain", "filtered", "unfiltered", "lora", "ppo"])
-@pytest.mark.parametrize("engine", [*ENGINES, "zero2"])
-def test_two_ranks_have_the_curves_of_one_process(base: Path, engine: str, kind: str) -> None:
+def same_rollouts_as_alone(base: Path, engine: str, kind: str) -> None:
     alone, spread = (metrics(base / name, kind) for name in ("single", engine))
     assert [record["step"] for record in spread] == list(range(1, STEPS + 1))
     for name in (*CURVES, *CRITIC) if kind == "ppo" else CURVES:
@@ -62,7 +59,7 @@ def test_two_ranks_have_the_curves_of_one_process(base: Path, engine: str, kind:
         assert all(record["logp_gap"] < 3e-5 for record in spread)
 
 
-def test_the_runs_tell_something(base: Path) -> None:
+def rollouts_tell_something(base: Path) -> None:
     """Rewards vary, weights move, and in some update one of two ranks had nothing to learn from."""
     plain, filtered = metrics(base / "single", "plain"), metrics(base / "single", "filtered")
     assert plain[-1]["kl"] > 1e-4 and len({record["reward"] for record in plain}) == STEPS
