@@ -105,3 +105,15 @@ class RolloutBatch(Batch):
     @property
     def n_answers(self) -> int:
         return len(self.lengths)
+
+
+@dataclass
+class ValuedBatch(RolloutBatch):
+    """The same, with what a critic said. Both are float32 (supervised,).
+
+    values: of what was said before each drawn token, when that was drawn.
+    returns: what the critic should have said.
+    """
+
+    values: Tensor
+    returns: Tensor

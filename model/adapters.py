@@ -32,7 +32,7 @@ MATRICES = ("lora_A", "lora_B", "adapter_down", "adapter_up")  # names of parame
 A, B, MAGNITUDE, ROWS = "lora_A", "lora_B", "lora_magnitude_vector", "trainable_tokens_delta"
 PEFT_ROWS = f"token_adapter.{ROWS}"
 PREFIX, EMBEDDINGS = "model.layers.{}.self_attn.prefix", "prompt_embeddings"  # a layer's, and PEFT's name of them all
-PREFIX_STD = 0.02  # of first values
+PREFIX_STD = 1.0  # of first values, as in PEFT
 INTO_RESIDUAL = ("self_attn.o_proj", "mlp.down_proj")
 
 

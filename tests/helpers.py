@@ -67,6 +67,7 @@ def make_data(folder: Path, rows: int = 60, seed: int = 0) -> dict[str, Path]:
         "kto": write_jsonl(folder / "kto.jsonl", labelled),
         "reward": folder / "dpo.jsonl",
         "grpo": folder / "sft.jsonl",
+        "ppo": folder / "sft.jsonl",
     }
 
 
@@ -227,6 +228,7 @@ def stage_flags(base: Path, stage: str, out: Path) -> list[Any]:
         "kto": ["--init_from", base / "start/full_sft_32"],
         "reward": ["--init_from", base / "start/full_sft_32"],
         "grpo": ["--init_from", base / "start/full_sft_32", "--reward", "length:20", *ROLLOUTS],
+        "ppo": ["--init_from", base / "start/full_sft_32", "--reward", "length:20", *ROLLOUTS],
     }[stage]
     folders = ["--data_path", base / data.get(stage, "sft.jsonl"), "--out_dir", out, "--cache_dir", base / "cache"]
     return [*folders, "--dim", 32, "--log_interval", 1, *PLAIN, *start]

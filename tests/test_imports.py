@@ -13,7 +13,8 @@ import evaluation
 import training
 from tests.helpers import ROOT
 
-ENTRIES = {"train_pretrain", "train_full_sft", "train_dpo", "train_distill", "train_reward", "train_grpo", "eval_model"}
+STAGES = ("pretrain", "full_sft", "dpo", "distill", "reward", "grpo", "ppo")
+ENTRIES = {*(f"train_{stage}" for stage in STAGES), "eval_model"}
 OURS = {"model", "dataset", "evaluation", "serving", "training", "scripts", "tests"} | ENTRIES
 MAY_IMPORT = {
     "model": {"model"},

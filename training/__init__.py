@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from dataset.later import later
 from training.command import run_stage
 from training.config import load_config
-from training.stages import DistillConfig, DPOConfig, GRPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from training.stages import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
 if TYPE_CHECKING:
     from training.engines import build_engine
@@ -31,6 +31,7 @@ __all__ = [
     "Distillation",
     "GRPOConfig",
     "NextToken",
+    "PPOConfig",
     "PretrainConfig",
     "RewardConfig",
     "SFTConfig",

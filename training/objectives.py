@@ -5,6 +5,7 @@
     KTO         sum over answers that are judged one by one, weight = answers
     BradleyTerry    sum over pairs of -log sigmoid(score(chosen) - score(rejected)), weight = pairs
     Distillation    sum of how far the student is from its teacher, weight = supervised tokens
+    PPO         the same with a critic, and the critic's own sum over drawn tokens
     GRPO        sum over drawn tokens of a loss of policy.py, weight = tokens, or answers
 
 An objective never calls the network: the engine does, and hands over its `Output`. It returns (loss to differentiate,
@@ -22,16 +23,17 @@ import torch
 from torch import Tensor
 
 from dataset import CONVERSATION, LABELLED, PAIR, PROMPT, SCORED, TEXT
-from dataset.batch import Batch, PairBatch, RolloutBatch
+from dataset.batch import Batch, PairBatch, RolloutBatch, ValuedBatch
 from dataset.forms import Form
 from evaluation.rewards import labels_of
 from model.gpt import Places, SummedLoss, nll_by_place, score_by_place, summed_nll
 from training import policy
 from training.config import Config
+from training.critic import clipped_value_loss
 from training.distillation import Distance, Divergences, TopK, distilled
 from training.metrics import Record
 from training.preference import LOSSES, Answers, Referred, log_sigmoid, margin_of, own_flags
-from training.stages import DistillConfig, DPOConfig, GRPOConfig, PretrainConfig, RewardConfig, SFTConfig
+from training.stages import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from training.teacher import Said, TaughtBatch, Teacher
 
 Sums = dict[str, Tensor]
@@ -469,6 +471,87 @@ def policy_of(config: GRPOConfig) -> GRPO:
     )  # fmt: skip
 
 
+class Critic:
+    """To say of every place what reward is to come: the clipped value loss, a mean over drawn tokens."""
+
+    names: tuple[str, ...] = ("loss", "tokens", "error", "returns", "squares")
+    unit = ""
+    criterion = staticmethod(score_by_place)
+    only_held_out: tuple[str, ...] = ()
+
+    def __init__(self, value_clip: float = 0.2):
+        self.value_clip = value_clip
+
+    def weight(self, batch: ValuedBatch) -> int:
+        return batch.supervised
+
+    def __call__(self, output: Output, batch: ValuedBatch) -> tuple[Tensor, Sums]:
+        assert output.score is not None
+        values = output.score.flatten()[batch.learnt]
+        loss = clipped_value_loss(values, batch.values, batch.returns, self.value_clip).sum()
+        sums = {"loss": loss.detach(), "tokens": torch.ones_like(batch.returns).sum()}
+        sums["error"] = ((values.detach() - batch.returns) ** 2).sum()
+        return loss, sums | {"returns": batch.returns.sum(), "squares": (batch.returns**2).sum()}
+
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        return self
+
+    def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
+        """Means over drawn tokens; `explained` is the share of the returns' variance that values account for, 1 at best
+        and below 0 where their mean would do better."""
+        n = max(1.0, sums["tokens"])
+        variance = sums["squares"] / n - (sums["returns"] / n) ** 2
+        return {
+            "value_loss": sums["loss"] / max(1.0, weight),
+            "explained": 1 - sums["error"] / n / variance if variance > 1e-12 else 0.0,
+        }
+
+    def warnings(self, record: Record) -> list[str]:
+        return []
+
+
+class PPO:
+    """Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347): the clipped policy loss, a mean over drawn
+    tokens, with advantages that a critic has a part in; and the critic's own loss. Each is that of a network of its own
+    (engines/actor_critic.py)."""
+
+    unit = ""
+    only_held_out = GRPO.only_held_out
+
+    def __init__(self, policy: GRPO, critic: Critic, gamma: float = 1.0, gae_lambda: float = 0.95):
+        self.policy, self.critic, self.gamma, self.gae_lambda = policy, critic, gamma, gae_lambda
+        self.names: tuple[str, ...] = (*policy.names, *(f"critic_{name}" for name in critic.names))
+
+    def criterion(self, places: Places, batch: ValuedBatch) -> tuple[Tensor, ...]:
+        return self.policy.criterion(places, batch)
+
+    def weight(self, batch: ValuedBatch) -> int:
+        return self.policy.weight(batch)
+
+    def __call__(self, output: Output, batch: ValuedBatch) -> tuple[Tensor, Sums]:
+        raise AssertionError("two networks are asked, each with its own objective")
+
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        return self
+
+    def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
+        own = {name.removeprefix("critic_"): value for name, value in sums.items() if name.startswith("critic_")}
+        return self.policy.metrics(sums, weight) | self.critic.metrics(own, weight)
+
+    def warnings(self, record: Record) -> list[str]:
+        """A group whose answers are alike still teaches, since a critic expects something else."""
+        return []
+
+
+def ppo_of(config: PPOConfig) -> PPO:
+    """DAPO's loss is PPO's with other bounds: clipped, and a mean over tokens."""
+    clipped = GRPO(
+        "dapo", config.kl, config.temperature, config.max_new_tokens, labels_of(config.reward), bool(config.tools),
+        clip_low=config.clip_low, clip_high=config.clip_high,
+    )  # fmt: skip
+    return PPO(clipped, Critic(config.value_clip), config.gamma, config.gae_lambda)
+
+
 # The stages ----------------------------------------------------------------------------------------------------------
 
 
@@ -508,6 +591,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(RewardConfig, SCORED, lambda config: BradleyTerry(config.center_weight), alone=False),
         Stage(GRPOConfig, PROMPT, policy_of, alone=False),
+        Stage(PPOConfig, PROMPT, ppo_of, alone=False),
     )
 }
 """In the order in which they are run; distill in the place of full_sft, reward beside dpo."""

@@ -15,7 +15,7 @@ word on what its student writes). `Rollouts` gives plain batches of them, `Judge
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ from training.engines.contract import Engine
 from training.groups import Answer, Group, Sampling, add_turn, uniform
 from training.policy import deviation, group_advantages, overlong_penalty
 from training.setup import Data, Start
-from training.stages import GRPOConfig
+from training.stages import GRPOConfig, RolloutConfig
 from training.tool_turns import NO_TOOLS, Toolbox, count_calls, take_turns
 
 HELD_OUT = 2**32  # added to the seed that held-out answers are drawn by
@@ -116,21 +116,21 @@ class Rollouts:
         cache is small beside what learning from a micro-batch takes."""
         parts = self.loader.positions(position)
         with self.engine.generator() as network:
-            groups = {group.key: group for group in self.answered([each for part in parts for each in part], network)}
+            groups = self.answered([each for part in parts for each in part], network)
             return [self.batch([groups[each] for each in part if each in groups], network) for part in parts]
 
-    def answered(self, positions: list[int], network: GPT) -> list[Group]:
+    def answered(self, positions: list[int], network: GPT) -> dict[int, Group]:
         """The prompts at these positions, with their answers; no more than there are."""
         numbers = {each: self.loader.row_at(each) for each in positions}
         keys = [each for each, number in numbers.items() if number != EMPTY_ROW]
         prompts = [self.rows.ids(numbers[key]) for key in keys]
         drawn = roll_out(network, self.tokenizer, prompts, keys, self.how)
-        groups = [
-            Group(number := numbers[key], key, prompt, self.rows.row(number), self.rows.where(number), answers)
+        groups = {
+            key: Group(number := numbers[key], key, prompt, self.rows.row(number), self.rows.where(number), answers)
             for key, prompt, answers in zip(keys, prompts, drawn, strict=True)
-        ]
+        }
         if self.box.tools:
-            take_turns(network, self.tokenizer, groups, self.how, self.box)
+            take_turns(network, self.tokenizer, list(groups.values()), self.how, self.box)
         return groups
 
     def batch(self, groups: list[Group], network: GPT) -> Batch:
@@ -172,6 +172,10 @@ class Judged(Rollouts):
             kept = (advantages != 0).any(1).tolist()
             groups = [group for group, keep in zip(groups, kept, strict=True) if keep]
             advantages = advantages[kept]
+        return self.lay(groups, advantages, tallies, network)
+
+    def lay(self, groups: list[Group], advantages: Tensor, tallies: Tensor, network: GPT) -> RolloutBatch:
+        """advantages: (groups, answers); all tokens of an answer have its."""
         answers = [answer for group in groups for answer in group.answers]
         lengths = torch.tensor([len(answer.logps) for answer in answers], dtype=torch.int64)
         answer = torch.repeat_interleave(torch.arange(len(answers)), lengths)
@@ -256,23 +260,31 @@ def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
     """Rollouts on both parts of the data. Held-out answers are drawn by the same numbers at every validation, and have
     their reward alone, without a penalty. Raises ValueError for a reward that is not known."""
     config: GRPOConfig = start.config
+    plain, how = judging_of(config, engine), sampling_of(config)
+    box, as_it_began = Toolbox(build_tools(config.tools), config.max_turns), starting_network(start, engine)
+    judging = replace(plain, scale_rewards=config.scale_rewards, filter_groups=config.filter_groups)
+    train = Judged(data.train, engine, start.tokenizer, how, judging, as_it_began, config.inner_epochs, box)
+    if data.val is None:
+        return Sources(train, None)
+    how, held_out = held_out_sampling_of(config), Judging(plain.reward, plain.pass_reward)
+    return Sources(train, Judged(data.val, engine, start.tokenizer, how, held_out, as_it_began, box=box))
+
+
+def sampling_of(config: RolloutConfig) -> Sampling:
+    return Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)
+
+
+def held_out_sampling_of(config: RolloutConfig) -> Sampling:
+    """Not by the numbers of training: what was right by them has become likelier by them, and would flatter."""
+    return sampling_of(config)._replace(group_size=config.eval_group_size, seed=config.seed + HELD_OUT)
+
+
+def judging_of(config: RolloutConfig, engine: Engine) -> Judging:
+    """Raises ValueError for a reward that is not known."""
     reward = Reward(config.reward, config.reward_weights or None, judges(engine.device))
     whole = sum(weight for weight in reward.weights if weight > 0)
     passing = whole if config.pass_reward is None else config.pass_reward
-    how = Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)
-    box = Toolbox(build_tools(config.tools), config.max_turns)
-    as_it_began = starting_network(start, engine)
-    train = Judged(
-        data.train, engine, start.tokenizer, how,
-        Judging(reward, passing, config.scale_rewards, config.overlong_buffer, config.filter_groups), as_it_began,
-        config.inner_epochs, box,
-    )  # fmt: skip
-    if data.val is None:
-        return Sources(train, None)
-    # not by the numbers of training, by which what was right then is drawn again more often than by others
-    how = how._replace(group_size=config.eval_group_size, seed=config.seed + HELD_OUT)
-    val = Judged(data.val, engine, start.tokenizer, how, Judging(reward, passing), as_it_began, box=box)
-    return Sources(train, val)
+    return Judging(reward, passing, overlong_buffer=config.overlong_buffer)
 
 
 def starting_network(start: Start[Any], engine: Engine) -> AsItBegan:

@@ -223,6 +223,24 @@ class RolloutConfig(ChatConfig):
     eval_group_size: int = rollout_flag(
         8, "answers to every held-out prompt; pass_at_8 takes 8 or more", resume="free", at_least=2
     )
+    inner_epochs: int = rollout_flag(1, "updates from the same answers, of which the first is on-policy", at_least=1)
+    kl: float = rollout_flag(
+        0.0, "weight of the divergence from the starting model; it is measured in any case", at_least=0
+    )
+
+    def check(self) -> None:
+        """As Config.check, and ValueError for what does not fit together."""
+        super().check()
+        if self.overlong_buffer >= self.max_new_tokens:
+            raise ValueError(
+                f"--overlong_buffer is {self.overlong_buffer}; it must be less than --max_new_tokens "
+                f"{self.max_new_tokens}, so that some answers have no penalty"
+            )
+        if len(self.reward_weights) not in (0, len(self.reward)):
+            raise ValueError(
+                f"--reward names {len(self.reward)} rewards and --reward_weights {len(self.reward_weights)} weights; "
+                "give one weight for each, or none"
+            )
 
 
 @dataclass(kw_only=True)
@@ -242,10 +260,6 @@ class GRPOConfig(RolloutConfig):
     clip_high: float | None = rollout_flag(
         None, "how far above 1 it may rise; by default 0.2, in dapo 0.28, in cispo 4, in gspo 4e-4", above=0
     )
-    inner_epochs: int = rollout_flag(1, "updates from the same answers, of which the first is on-policy", at_least=1)
-    kl: float = rollout_flag(
-        0.0, "weight of the divergence from the starting model; it is measured in any case", at_least=0
-    )
     filter_groups: bool = rollout_flag(
         False, "leave groups without variance out of the update, its weight included (DAPO, without drawing others)"
     )
@@ -257,17 +271,41 @@ class GRPOConfig(RolloutConfig):
                 setattr(self, name, default)
 
     def check(self) -> None:
-        """As Config.check, and ValueError for what does not fit together."""
+        """As RolloutConfig.check, and ValueError for a bound that the loss does not have."""
         super().check()
         clips = {name: getattr(self, name) for name in ("clip_low", "clip_high")}
         check_flags(self.loss_type, clips, policy.LOSSES)
-        if self.overlong_buffer >= self.max_new_tokens:
-            raise ValueError(
-                f"--overlong_buffer is {self.overlong_buffer}; it must be less than --max_new_tokens "
-                f"{self.max_new_tokens}, so that some answers have no penalty"
-            )
-        if len(self.reward_weights) not in (0, len(self.reward)):
-            raise ValueError(
-                f"--reward names {len(self.reward)} rewards and --reward_weights {len(self.reward_weights)} weights; "
-                "give one weight for each, or none"
-            )
+
+
+@dataclass(kw_only=True)
+class PPOConfig(RolloutConfig):
+    """Reinforcement learning with a critic: tokens that led to more than was expected become likelier."""
+
+    stage: ClassVar[str] = "ppo"
+    critic: str | None = rollout_flag(
+        None,
+        "reward model that the critic starts from, a folder or the name of a run in out_dir; by default the policy's "
+        "own network with a new head",
+        by_node=True,
+    )
+    critic_learning_rate: float | None = rollout_flag(
+        None, "peak learning rate of the critic; by default learning_rate", resume="note", above=0
+    )
+    gamma: float = rollout_flag(1.0, "what a reward counts a token earlier", above=0)
+    gae_lambda: float = rollout_flag(
+        0.95, "how far an advantage looks ahead instead of trusting the critic: 0 a token, 1 to the answer's end",
+        at_least=0,
+    )  # fmt: skip
+    clip_low: float = rollout_flag(0.2, "how far below 1 a token's ratio may fall", above=0, below=1)
+    clip_high: float = rollout_flag(0.2, "how far above 1 it may rise", above=0)
+    value_clip: float = rollout_flag(
+        0.2, "how far a value may go in the updates from the same answers (0: as far as it likes)", at_least=0
+    )
+
+    def check(self) -> None:
+        """As RolloutConfig.check, and ValueError for what a critic cannot do."""
+        super().check()
+        if self.gamma > 1 or self.gae_lambda > 1:
+            raise ValueError(f"--gamma {self.gamma} and --gae_lambda {self.gae_lambda} must be at most 1")
+        if self.offload == "nvme":
+            raise ValueError("--offload nvme has room for one network, and PPO has two; give --offload cpu")

@@ -244,8 +244,10 @@ def test_without_its_prefix_a_network_is_the_one_it_stands_on(make_model):
     model = prefixed(base)
     before = model(IDS)
     assert (before - base(IDS)).abs().max() > 0.1
+    settings = {"max_new_tokens": 5, "temperature": 0.0}
     with switched_off(model):
         assert torch.equal(model(IDS), base(IDS))
+        assert generate(model, [[5, 6, 7]], **settings) == generate(base, [[5, 6, 7]], **settings)
     assert torch.equal(model(IDS), before)
 
 

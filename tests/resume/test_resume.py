@@ -51,10 +51,11 @@ def flags_of(base: Path, stage: str, out: Path) -> list:
         ("distill", []),
         ("reward", []),
         ("grpo", ["--batch_size", 4, "--epochs", 1, "--inner_epochs", 2, "--kl", 0.1, "--eval_interval", 6]),
+        ("ppo", ["--batch_size", 4, "--epochs", 1, "--inner_epochs", 2, "--eval_interval", 6]),
         ("full_sft", [*LORA, "--lora_dropout", 0.1]),
         ("dpo", PREFIX),
     ],
-    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "reward", "grpo", "lora", "prefix"],
+    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "reward", "grpo", "ppo", "lora", "prefix"],
 )
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     base: Path, tmp_path: Path, stage: str, flags: list, capfd: Any

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from tests.helpers import ROOT
-from training import STAGES, DPOConfig, GRPOConfig, PretrainConfig, RewardConfig, SFTConfig, load_config
+from training import STAGES, DPOConfig, GRPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig, load_config
 from training.config import BEST, SHAPE_FLAGS, Rule, rules, save_config, stage_of
 
 
@@ -252,7 +252,7 @@ def test_a_default_of_a_stage_keeps_the_rule_all_stages_have(cls):
     changed = {name for name, rule in rules(cls).items() if name in shared and rule != shared[name]}
     prompts = {"batch_size", "global_batch_size", "eval_rows", "sample_interval", "compile"}
     pairs = {"batch_size"}
-    assert changed == {DPOConfig: pairs, RewardConfig: pairs, GRPOConfig: prompts}.get(cls, set())
+    assert changed == {DPOConfig: pairs, RewardConfig: pairs, GRPOConfig: prompts, PPOConfig: prompts}.get(cls, set())
     for name in changed:  # it says more, and bounds the same
         assert replace(rules(cls)[name], help="") == replace(shared[name], help="")
 

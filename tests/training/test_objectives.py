@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_known_is_refused():
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_made_of_a_form_and_an_objective_that_fit_its_config(stage):
     made = STAGES[stage]
-    assert made.config.stage == stage and made.form.stage == {"distill": "full_sft"}.get(stage, stage)
+    assert made.config.stage == stage and made.form.stage == {"distill": "full_sft", "ppo": "grpo"}.get(stage, stage)
     objective = made.objective(load_config(made.config, []))
     assert objective.names[0] == "loss" and objective.unit == ("pairs" if stage in ("dpo", "reward") else "")
 

@@ -83,8 +83,9 @@ class Engine(Peers, Protocol):
     def evaluate(self, micro_batches: list[B], objective: Objective[B]) -> Totals:
         """The objective's sums over these micro-batches and all data ranks, without gradients."""
 
-    def per_place(self, batch: Batch) -> Output:
-        """What the network says of this rank's batch, without gradients, dropout or sums."""
+    def per_place(self, batch: Batch, objective: Objective[Any] | None = None) -> Output:
+        """What the network says of this rank's batch, without gradients, dropout or sums: log-probabilities, or what an
+        objective asks for."""
 
     def generator(self) -> contextlib.AbstractContextManager[GPT]:
         """A network to generate with, on every rank: the whole one, or a copy gathered for as long as this lasts."""

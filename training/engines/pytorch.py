@@ -138,10 +138,10 @@ class Accumulating:
         return Totals(dict(zip(objective.names, summed, strict=True)), weight, losses)
 
     @torch.no_grad()
-    def per_place(self, batch: Batch) -> Output:
+    def per_place(self, batch: Batch, objective: Objective[Any] | None = None) -> Output:
         self.model.eval()
         with self.autocast():
-            return self.ask(batch.to(self.device))
+            return self.ask(batch.to(self.device), objective)
 
     @contextlib.contextmanager
     def generator(self) -> Iterator[GPT]:
