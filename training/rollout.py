@@ -116,21 +116,21 @@ class Rollouts:
         cache is small beside what learning from a micro-batch takes."""
         parts = self.loader.positions(position)
         with self.engine.generator() as network:
-            groups = self.answered([each for part in parts for each in part], network)
+            groups = {group.key: group for group in self.answered([each for part in parts for each in part], network)}
             return [self.batch([groups[each] for each in part if each in groups], network) for part in parts]
 
-    def answered(self, positions: list[int], network: GPT) -> dict[int, Group]:
+    def answered(self, positions: list[int], network: GPT) -> list[Group]:
         """The prompts at these positions, with their answers; no more than there are."""
         numbers = {each: self.loader.row_at(each) for each in positions}
         keys = [each for each, number in numbers.items() if number != EMPTY_ROW]
         prompts = [self.rows.ids(numbers[key]) for key in keys]
         drawn = roll_out(network, self.tokenizer, prompts, keys, self.how)
-        groups = {
-            key: Group(number := numbers[key], key, prompt, self.rows.row(number), self.rows.where(number), answers)
+        groups = [
+            Group(number := numbers[key], key, prompt, self.rows.row(number), self.rows.where(number), answers)
             for key, prompt, answers in zip(keys, prompts, drawn, strict=True)
-        }
+        ]
         if self.box.tools:
-            take_turns(network, self.tokenizer, list(groups.values()), self.how, self.box)
+            take_turns(network, self.tokenizer, groups, self.how, self.box)
         return groups
 
     def batch(self, groups: list[Group], network: GPT) -> Batch:
@@ -266,7 +266,7 @@ def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
     train = Judged(data.train, engine, start.tokenizer, how, judging, as_it_began, config.inner_epochs, box)
     if data.val is None:
         return Sources(train, None)
-    how, held_out = held_out_sampling_of(config), Judging(plain.reward, plain.pass_reward)
+    how, held_out = held_out_sampling(config), Judging(plain.reward, plain.pass_reward)
     return Sources(train, Judged(data.val, engine, start.tokenizer, how, held_out, as_it_began, box=box))
 
 
@@ -274,8 +274,8 @@ def sampling_of(config: RolloutConfig) -> Sampling:
     return Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)
 
 
-def held_out_sampling_of(config: RolloutConfig) -> Sampling:
-    """Not by the numbers of training: what was right by them has become likelier by them, and would flatter."""
+def held_out_sampling(config: RolloutConfig) -> Sampling:
+    """Not by the numbers of training, by which what was right then is drawn again more often than by others."""
     return sampling_of(config)._replace(group_size=config.eval_group_size, seed=config.seed + HELD_OUT)
 
 

@@ -27,15 +27,7 @@ from training.engines import Machine, Weights, build_engine
 from training.engines.actor_critic import ActorCritic
 from training.groups import Group
 from training.objectives import PPO
-from training.rollout import (
-    Judged,
-    Judging,
-    Sources,
-    held_out_sampling_of,
-    judging_of,
-    sampling_of,
-    starting_network,
-)
+from training.rollout import Judged, Judging, Sources, held_out_sampling, judging_of, sampling_of, starting_network
 from training.setup import Data, Start, weights_hash
 from training.stages import PPOConfig
 from training.tool_turns import Toolbox
@@ -79,7 +71,7 @@ def valued_rollouts(data: Data, engine: ActorCritic, start: Start[Any], objectiv
     train.objective = objective
     if data.val is None:
         return Sources(train, None)
-    how, plain = held_out_sampling_of(config), Judging(judging.reward, judging.pass_reward)
+    how, plain = held_out_sampling(config), Judging(judging.reward, judging.pass_reward)
     val = Valued(data.val, engine, start.tokenizer, how, plain, as_it_began, box=box)
     val.objective = objective
     return Sources(train, val)

@@ -83,7 +83,7 @@ def test_training_reads_the_answers_as_they_were_drawn(make_rollouts) -> None:
 def test_answers_behind_one_prompt_are_those_of_the_single_sequences(make_rollouts, rows) -> None:
     """The layout beside its plain twin: each prompt and answer alone, without packing or branches; the start's, too."""
     rollouts = make_rollouts()
-    groups = list(rollouts.answered([0, 1, 2], rollouts.engine.model).values())
+    groups = rollouts.answered([0, 1, 2], rollouts.engine.model)
     batch = rollouts.batch(groups, rollouts.engine.model)
     with rollouts.as_it_began(rollouts.engine.model) as start, torch.no_grad():
         for model, found in ((rollouts.engine.model, batch.drawn_at), (start, batch.reference)):
@@ -142,7 +142,7 @@ def test_groups_without_variance_teach_nothing_and_may_be_left_out(make_rollouts
 
 def test_advantages_and_tallies_follow_from_the_rewards(make_rollouts) -> None:
     rollouts = make_rollouts(reward=["length:12"], overlong_buffer=9)
-    groups = list(rollouts.answered([0, 1, 2, 3], rollouts.engine.model).values())
+    groups = rollouts.answered([0, 1, 2, 3], rollouts.engine.model)
     rewards, tallies = rollouts.judge(groups)
     counted = dict(zip(GRPO(parts=["length"]).tallies, tallies.tolist(), strict=True))
     expected = [

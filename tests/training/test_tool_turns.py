@@ -64,7 +64,7 @@ def answered(rollouts: Judged) -> dict[str, list]:
     """First question -> its answers."""
     with rollouts.engine.generator() as network:
         groups = rollouts.answered(list(range(rollouts.rows_per_update)), network)
-    return {group.messages[0]["content"]: group.answers for group in groups.values()}
+    return {group.messages[0]["content"]: group.answers for group in groups}
 
 
 def test_the_whole_is_the_conversation_as_it_is_rendered(make_rollouts) -> None:
@@ -98,7 +98,7 @@ def test_an_answer_is_the_same_in_a_crowd(make_rollouts) -> None:
     rollouts = make_rollouts(CALLED, FAILED, PLAIN, how=how)
     for position in range(3):
         with rollouts.engine.generator() as network:
-            (group,) = rollouts.answered([position], network).values()
+            (group,) = rollouts.answered([position], network)
         for alone, crowded in zip(group.answers, together[group.messages[0]["content"]], strict=True):
             assert alone.ids == crowded.ids and alone.drawn == crowded.drawn
 
