@@ -287,6 +287,7 @@ class PPOConfig(RolloutConfig):
         "reward model that the critic starts from, a folder or the name of a run in out_dir; by default the policy's "
         "own network with a new head",
         by_node=True,
+        resume="free",  # its weights are part of what a run is
     )
     critic_learning_rate: float | None = rollout_flag(
         None, "peak learning rate of the critic; by default learning_rate", resume="note", above=0
