@@ -313,7 +313,6 @@ def test_the_identity_is_data_start_and_exactly_the_flags_whose_rule_refuses(sta
     open_ones = {name for name, value in flags.items() if value is None}
     adapters = {name for name in refused if rules(cls)[name].group == "adapter"}  # there is none
     others = {*LOSS_FLAGS} - {"beta"} if stage == "dpo" else set()  # of other losses than the run's
-    others |= {"critic"} if stage == "ppo" else set()  # from the policy
     assert open_ones == adapters | others
     assert ({"beta", "loss_type"} <= flags.keys()) == (stage == "dpo")
 
