@@ -313,7 +313,7 @@ def draw(records: list[Record], path: Path, title: str) -> None:
     from matplotlib.figure import Figure  # not pyplot: needs no display and keeps no state
 
     curves = next((names for names in REWARDS if names[0] in records[-1]), ())
-    heights = [3, 1.5, 1] if curves else [3, 1]
+    heights = [1.5, 3, 1] if "reward" in curves else [3, 1.5, 1] if curves else [3, 1]  # a surrogate loss says little
     figure = Figure(figsize=(8, 1.6 * sum(heights)), dpi=120, layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     steps, loss = curve(records, "loss")
@@ -327,7 +327,8 @@ def draw(records: list[Record], path: Path, title: str) -> None:
     if curves:
         for name, color in zip(curves, ("tab:green", "tab:purple", "tab:orange"), strict=False):
             steps, values = curve(records, name)
-            panels[1].plot(steps, values, color=color, alpha=0.3, linewidth=1)
+            dots = "." if len(steps) < 3 else None
+            panels[1].plot(steps, values, color=color, alpha=0.3, linewidth=1, marker=dots)
             label = with_last(name.replace("_", " "), values)
             panels[1].plot(steps, smooth(values), color=color, linewidth=1.8, label=label)
         panels[1].set(ylabel="reward")
