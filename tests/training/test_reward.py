@@ -27,9 +27,10 @@ def rows(max_seq_len: int = 12) -> ScoredRows:
 
 
 def ask(model, batch) -> Output:
+    layout = Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens)
     said = model(
         batch.input_ids, batch.position_ids, batch.labels,
-        layout=Layout(*batch.sequences()), learnt=batch.learnt, criterion=score_by_place,
+        layout=layout, learnt=batch.learnt, criterion=score_by_place,
     )  # fmt: skip
     return Output(*said)
 
