@@ -26,13 +26,13 @@ def pairs() -> list[Batch]:
     return [rows.collate([row]) for row in range(len(rows))]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class More(Batch):
     """Fields of every kind of number, of lengths that do not fit each other's alignment."""
 
     flags: Tensor
     lengths: Tensor
-    places: Tensor
+    turned: Tensor
     nothing: Tensor
     one: Tensor
     half: Tensor
@@ -46,7 +46,7 @@ def more() -> list[Batch]:
             **vars(batch),
             flags=torch.tensor([True, False, True]),
             lengths=torch.tensor([0, 3, 7], dtype=torch.int32),
-            places=torch.arange(14).view(2, 7).T,  # not contiguous
+            turned=torch.arange(14).view(2, 7).T,  # not contiguous
             nothing=torch.zeros(0, dtype=torch.long),
             one=torch.tensor(2**31 - 1),
             half=torch.tensor([1 / 3, -0.0, torch.inf], dtype=torch.bfloat16),
