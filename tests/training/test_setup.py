@@ -388,13 +388,19 @@ def test_a_cache_that_cannot_be_made_is_one_line(tmp_path):
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/file") and "Traceback" not in done.stderr
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background is started deaf to it, the tests and all that they start included."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_while_data_is_prepared_is_one_line_and_status_130_and_leaves_nothing(tmp_path):
     """In processes: one that prepares, in a group of its own as a terminal makes it, with workers."""
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"{i} " + "one two three " * 500} for i in range(7000)])
     assert path.stat().st_size > SPREAD_FROM
     flags = ["--data_path", path, "--cache_dir", tmp_path / "cache", "--out_dir", tmp_path, "--dim", 32, *TINY]
     process = subprocess.Popen(command("pretrain", *flags), cwd=ROOT, env=environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=heed_ctrl_c)  # fmt: skip
     while not list(tmp_path.glob("cache/*.part/*.arrow")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
