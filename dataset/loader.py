@@ -14,6 +14,7 @@ memory-mapped Arrow files; nothing is read before a batch asks for it.
 import copy
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import islice
@@ -160,8 +161,7 @@ class PairRows:
         return len(self.prompt)
 
     def prompts(self, limit: int) -> list[list[int]]:
-        all_of_them = (tuple(self.sides[0][i][: int(n)].tolist()) for i, n in enumerate(self.prompt))
-        return [list(ids) for ids in islice(dict.fromkeys(all_of_them), limit)]
+        return different((self.sides[0][i][: int(n)].tolist() for i, n in enumerate(self.prompt)), limit)
 
     def pairs_of(self, row_ids: list[int]) -> list[int]:
         """Numbers of the pairs in these rows, in the order of a batch."""
@@ -303,11 +303,15 @@ class PromptRows:
         return f"{self.encoded.paths[file]}:{line}"
 
     def prompts(self, limit: int) -> list[list[int]]:
-        all_of_them = (tuple(self.ids(i)) for i in range(len(self)))
-        return [list(ids) for ids in islice(dict.fromkeys(all_of_them), limit)]
+        return different((self.ids(i) for i in range(len(self))), limit)
 
     def collate(self, row_ids: list[int]) -> Batch:
         raise AssertionError("a prompt alone teaches nothing; a rollout answers it")
+
+
+def different(prompts: Iterable[list[int]], limit: int) -> list[list[int]]:
+    """The first `limit` that differ."""
+    return [list(ids) for ids in islice(dict.fromkeys(map(tuple, prompts)), limit)]
 
 
 class Laid(NamedTuple):

@@ -55,11 +55,12 @@ def told_apart(margins: Tensor) -> dict[str, float]:
 
 def by_kind(margins: Tensor, kinds: Sequence[str]) -> dict[str, dict[str, float]]:
     """Kind of pair -> `told_apart` of its pairs, and how many there are."""
-    found = {}
-    for kind in sorted(set(kinds)):
-        own = margins[[each == kind for each in kinds]]
-        found[kind] = {"pairs": len(own), **told_apart(own)}
-    return found
+    return {kind: {"pairs": len(own), **told_apart(own)} for kind, own in of_kinds(margins, kinds).items()}
+
+
+def of_kinds(margins: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Kind of pair -> the margins of its pairs, by name."""
+    return {kind: margins[[each == kind for each in kinds]] for kind in sorted(set(kinds))}
 
 
 def groups(margins: Tensor) -> list[Group]:
@@ -79,7 +80,7 @@ def draw(margins: Tensor, kinds: Sequence[str], path: Path, title: str) -> None:
     left.plot([0.5, 1], [0.5, 1], color="0.7", linewidth=1)
     bars(left, [each.predicted for each in found], [(each.right, each.pairs) for each in found])
     left.set(xlabel="predicted probability", ylabel="share that is right", xlim=(0.48, 1.02), ylim=(-0.03, 1.03))
-    of_kind = {kind: margins[[each == kind for each in kinds]] for kind in sorted(set(kinds))}
+    of_kind = of_kinds(margins, kinds)
     counts = [(int((each > 0).sum()), len(each)) for each in of_kind.values()]
     bars(right, list(range(len(of_kind))), counts)
     right.axhline(0.5, color="0.7", linewidth=1)

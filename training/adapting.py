@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.tokenizer import TextTokenizer
+from model import GPT
 from model.adapter_folder import base_folder, is_adapter, load_adapter
 from model.adapters import ADAPTERS, ATTENTION, LINEAR, Adapter, Named, begun
 from model.config import GPTConfig
@@ -65,6 +66,11 @@ def found_adapter(asked: Config, init: str, shape: GPTConfig) -> Adapter:
         {"dropout": asked.lora_dropout} if "lora_dropout" in flags else {}
     )  # it belongs to training alone
     return replace(adapter, base=str(base_folder(init)), **own)
+
+
+def newly_adapted(model: GPT, init: str | None) -> bool:
+    """Whether a run begins with an adapter that has learnt nothing yet, so that it starts from the base alone."""
+    return model.adapter is not None and not is_adapter(init or "none")
 
 
 def settings_of(asked: Config) -> dict[str, Any]:

@@ -74,10 +74,23 @@ class Objective(Protocol[B_contra]):
         """What a logged record of training gives cause to say."""
 
 
+class Usual:
+    """What most objectives have in common: nothing has to be known ahead of an update, nothing is worth a warning, and
+    all metrics are worth a line."""
+
+    only_held_out: tuple[str, ...] = ()
+
+    def informed(self, beside: Callable[[], Measured]) -> Self:
+        return self
+
+    def warnings(self, record: Record) -> list[str]:
+        return []
+
+
 # Next token ----------------------------------------------------------------------------------------------------------
 
 
-class NextToken:
+class NextToken(Usual):
     """Cross-entropy of the next token (pretraining and SFT).
 
     token_bytes: int (vocabulary,), UTF-8 bytes of every token; with it `bpb` (bits per byte) is reported as well.
@@ -103,17 +116,11 @@ class NextToken:
             sums["bytes"] = (self.token_bytes[batch.labels.clamp(min=0)] * (batch.labels >= 0)).sum()
         return loss, sums
 
-    def informed(self, beside: Callable[[], Measured]) -> Self:
-        return self
-
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
         metrics = {"loss": sums["loss"] / max(1.0, weight)}
         if sums.get("bytes"):
             metrics["bpb"] = sums["loss"] / math.log(2) / sums["bytes"]
         return metrics
-
-    def warnings(self, record: Record) -> list[str]:
-        return []
 
 
 # Direct preference optimization --------------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ def answer_lengths(batch: PairBatch) -> Tensor:
     return by_answer((batch.segment >= 0).float(), batch)
 
 
-class DPO:
+class DPO(Usual):
     """Preference tuning on pairs, by one of the losses of preference.py; by default DPO (Rafailov et al. 2023,
     arXiv:2305.18290).
 
@@ -156,7 +163,6 @@ class DPO:
     )
     unit = "pairs"
     criterion = staticmethod(nll_by_place)
-    only_held_out: tuple[str, ...] = ()
     kl = 0.0  # nats; see KTO
 
     def __init__(self, beta: float | None = None, loss_type: str = "sigmoid", nll_weight: float = 0.0, **flags: float):
@@ -166,9 +172,6 @@ class DPO:
 
     def weight(self, batch: PairBatch) -> int:
         return batch.n_pairs
-
-    def informed(self, beside: Callable[[], Measured]) -> Self:
-        return self
 
     def __call__(self, output: Output, batch: PairBatch) -> tuple[Tensor, Sums]:
         answers = Answers(answer_logps(output, batch), batch.reference, answer_lengths(batch), self.kl)
@@ -260,7 +263,7 @@ def preference(config: DPOConfig) -> DPO:
 # Reward model --------------------------------------------------------------------------------------------------------
 
 
-class BradleyTerry:
+class BradleyTerry(Usual):
     """A score for every answer, from pairs: P(chosen is preferred) = sigmoid(s(chosen) - s(rejected)) (Bradley & Terry
     1952; of reward models: Ouyang et al. 2022, arXiv:2203.02155, equation 1).
 
@@ -273,16 +276,12 @@ class BradleyTerry:
     names: tuple[str, ...] = ("loss", "reward_accuracy", "chosen_reward", "rejected_reward")
     unit = "pairs"
     criterion = staticmethod(score_by_place)
-    only_held_out: tuple[str, ...] = ()
 
     def __init__(self, center_weight: float = 0.0):
         self.center_weight = center_weight
 
     def weight(self, batch: PairBatch) -> int:
         return batch.n_pairs
-
-    def informed(self, beside: Callable[[], Measured]) -> Self:
-        return self
 
     def __call__(self, output: Output, batch: PairBatch) -> tuple[Tensor, Sums]:
         assert output.score is not None
@@ -315,7 +314,7 @@ class BradleyTerry:
 # Distillation --------------------------------------------------------------------------------------------------------
 
 
-class Distillation:
+class Distillation(Usual):
     """To be near a teacher at every supervised token (training/distillation.py has the formulas).
 
     teacher: asked about batches that do not bring along what it says (`TaughtBatch`).
@@ -323,7 +322,6 @@ class Distillation:
 
     names: tuple[str, ...] = ("loss", "ce_loss")
     unit = ""
-    only_held_out: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -356,17 +354,11 @@ class Distillation:
         assert output.loss is not None  # the criterion's
         return output.loss, {"loss": output.loss.detach(), "ce_loss": output.nll}
 
-    def informed(self, beside: Callable[[], Measured]) -> Self:
-        return self
-
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
         """Means over tokens, nats: `ce_loss` is what SFT calls its loss; `divergence` has no T^2 in it."""
         metrics = {name: value / max(1.0, weight) for name, value in sums.items()}
         hard = self.distance.ce_weight * metrics["ce_loss"]
         return metrics | {"divergence": (metrics["loss"] - hard) / self.distance.share}
-
-    def warnings(self, record: Record) -> list[str]:
-        return []
 
 
 # Reinforcement learning ----------------------------------------------------------------------------------------------
@@ -386,7 +378,12 @@ SUMMED_OVER = {
 """What a tally is divided by, where that is not answers."""
 
 
-class GRPO:
+def nll_at(places: Places, batch: object = None, *, temperature: float) -> tuple[Tensor]:
+    """As nll_by_place, of softmax(logits / temperature)."""
+    return nll_by_place(places._replace(hidden=places.hidden / temperature))
+
+
+class GRPO(Usual):
     """To draw the answers again that were better than others to the same prompt, by one of the losses of policy.py.
 
     kl: weight of the divergence from the starting model, k3 at every token; it is measured where it is 0, too.
@@ -415,7 +412,7 @@ class GRPO:
         self.unit = "answers" if self.loss.per_answer else ""
 
     def criterion(self, places: Places, batch: RolloutBatch) -> tuple[Tensor]:
-        return nll_by_place(places._replace(hidden=places.hidden / self.temperature))
+        return nll_at(places, batch, temperature=self.temperature)
 
     def weight(self, batch: RolloutBatch) -> int:
         return self.loss.weight(batch.supervised, batch.n_answers, self.most)
@@ -434,9 +431,6 @@ class GRPO:
             "gap": (kept - batch.drawn_at).abs().sum(),
         }
         return loss, sums | dict(zip(self.tallies, batch.tallies, strict=True))
-
-    def informed(self, beside: Callable[[], Measured]) -> Self:
-        return self
 
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
         """Means. Over learnt tokens: `kl` to the starting model, nats; `clip_share`; `logp_gap`, the mean distance of a
@@ -471,13 +465,12 @@ def policy_of(config: GRPOConfig) -> GRPO:
     )  # fmt: skip
 
 
-class Critic:
+class Critic(Usual):
     """To say of every place what reward is to come: the clipped value loss, a mean over drawn tokens."""
 
     names: tuple[str, ...] = ("loss", "tokens", "error", "returns", "squares")
     unit = ""
     criterion = staticmethod(score_by_place)
-    only_held_out: tuple[str, ...] = ()
 
     def __init__(self, value_clip: float = 0.2):
         self.value_clip = value_clip
@@ -493,9 +486,6 @@ class Critic:
         sums["error"] = ((values.detach() - batch.returns) ** 2).sum()
         return loss, sums | {"returns": batch.returns.sum(), "squares": (batch.returns**2).sum()}
 
-    def informed(self, beside: Callable[[], Measured]) -> Self:
-        return self
-
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
         """Means over drawn tokens; `explained` is the share of the returns' variance that values account for, 1 at best
         and below 0 where their mean would do better."""
@@ -506,14 +496,12 @@ class Critic:
             "explained": 1 - sums["error"] / n / variance if variance > 1e-12 else 0.0,
         }
 
-    def warnings(self, record: Record) -> list[str]:
-        return []
 
-
-class PPO:
+class PPO(Usual):
     """Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347): the clipped policy loss, a mean over drawn
     tokens, with advantages that a critic has a part in; and the critic's own loss. Each is that of a network of its own
-    (engines/actor_critic.py)."""
+    (engines/actor_critic.py). It does not warn as GRPO does: a group whose answers are alike still teaches, since a
+    critic expects something else."""
 
     unit = ""
     only_held_out = GRPO.only_held_out
@@ -531,16 +519,9 @@ class PPO:
     def __call__(self, output: Output, batch: ValuedBatch) -> tuple[Tensor, Sums]:
         raise AssertionError("two networks are asked, each with its own objective")
 
-    def informed(self, beside: Callable[[], Measured]) -> Self:
-        return self
-
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
         own = {name.removeprefix("critic_"): value for name, value in sums.items() if name.startswith("critic_")}
         return self.policy.metrics(sums, weight) | self.critic.metrics(own, weight)
-
-    def warnings(self, record: Record) -> list[str]:
-        """A group whose answers are alike still teaches, since a critic expects something else."""
-        return []
 
 
 def ppo_of(config: PPOConfig) -> PPO:

@@ -15,8 +15,8 @@ import torch
 
 from dataset import Loader
 from dataset.loader import PairRows
-from model.adapter_folder import is_adapter
 from model.adapters import switched_off
+from training.adapting import newly_adapted
 from training.config import Config
 from training.engines.contract import Engine
 from training.frozen import FrozenOutputs, Tables
@@ -54,7 +54,7 @@ def fill_reference(loader: Loader, engine: Engine, config: Config, start_hash: s
     shape = json.dumps(engine.model.config.to_hf(), sort_keys=True)  # equal weights turn by other angles elsewhere
     made_of = f"{VERSION} {start_hash} {shape} {precision}"
     blank = (torch.full((rows.n_pairs, 2), torch.nan),)
-    goes_on = is_adapter(config.init_from or "none")
-    with contextlib.nullcontext() if goes_on else switched_off(engine.model):
+    new = newly_adapted(engine.model, config.init_from)
+    with switched_off(engine.model) if new else contextlib.nullcontext():
         (known,) = FrozenOutputs("reference", made_of, rows.packing.offsets, blank, ask).of(loader, engine, config)
     rows.reference[rows.packing.document] = known  # which is in the order of the rows

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,14 +30,14 @@ from evaluation import Reward
 from evaluation.reward_model import judges
 from evaluation.tools import build_tools
 from model import GPT
-from model.adapter_folder import is_adapter
 from model.adapters import switched_off
-from model.attention import Layout
 from model.draw import draw
 from model.folder import assemble
-from model.gpt import nll_by_place
+from training.adapting import newly_adapted
 from training.engines.contract import Engine
+from training.engines.pytorch import ask
 from training.groups import Answer, Group, Sampling, add_turn, uniform
+from training.objectives import nll_at
 from training.policy import deviation, group_advantages, overlong_penalty
 from training.setup import Data, Start
 from training.stages import GRPOConfig, RolloutConfig
@@ -222,13 +223,9 @@ class Judged(Rollouts):
         """What the starting model says of the drawn tokens, float32 (supervised,), nats."""
         engine, here = self.engine, batch.to(self.engine.device)
         autocast = torch.autocast(engine.device.type, dtype=engine.dtype, enabled=engine.dtype != torch.float32)
-        layout = Layout(here.cu_seqlens, here.longest, here.places, here.tokens)
         with self.as_it_began(network) as start, autocast:
-            (nll,) = start(
-                here.input_ids, here.position_ids, here.labels, layout=layout, learnt=here.learnt,
-                criterion=lambda places: nll_by_place(places._replace(hidden=places.hidden / self.how.temperature)),
-            )  # fmt: skip
-        return -nll.flatten()[here.learnt].cpu()
+            said = ask(start, here, partial(nll_at, temperature=self.how.temperature))
+        return -said.nll.flatten()[here.learnt].cpu()
 
     def samples(self) -> tuple[str, str] | None:
         return self.shown
@@ -257,17 +254,29 @@ class Sources(NamedTuple):
 
 
 def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
-    """Rollouts on both parts of the data. Held-out answers are drawn by the same numbers at every validation, and have
-    their reward alone, without a penalty. Raises ValueError for a reward that is not known."""
+    """Raises ValueError for a reward or a tool that is not known."""
     config: GRPOConfig = start.config
-    plain, how = judging_of(config, engine), sampling_of(config)
+    judging = judging_of(config, engine)
+    judging = replace(judging, scale_rewards=config.scale_rewards, filter_groups=config.filter_groups)
+    return rollouts_of(data, engine, start, judging, Judged)
+
+
+def rollouts_of(
+    data: Data, engine: Engine, start: Start[Any], judging: Judging, kind: Callable[..., Judged]
+) -> Sources:
+    """Rollouts on both parts of the data. Held-out answers are drawn by the same numbers at every validation, and have
+    their reward alone, without a penalty. kind: what is called as Judged is."""
+    config: RolloutConfig = start.config
     box, as_it_began = Toolbox(build_tools(config.tools), config.max_turns), starting_network(start, engine)
-    judging = replace(plain, scale_rewards=config.scale_rewards, filter_groups=config.filter_groups)
-    train = Judged(data.train, engine, start.tokenizer, how, judging, as_it_began, config.inner_epochs, box)
+
+    def made(loader: Loader, how: Sampling, judging: Judging, passes: int) -> Judged:
+        return kind(loader, engine, start.tokenizer, how, judging, as_it_began, passes, box)
+
+    train = made(data.train, sampling_of(config), judging, config.inner_epochs)
     if data.val is None:
         return Sources(train, None)
-    how, held_out = held_out_sampling(config), Judging(plain.reward, plain.pass_reward)
-    return Sources(train, Judged(data.val, engine, start.tokenizer, how, held_out, as_it_began, box=box))
+    held_out = Judging(judging.reward, judging.pass_reward)
+    return Sources(train, made(data.val, held_out_sampling(config), held_out, 1))
 
 
 def sampling_of(config: RolloutConfig) -> Sampling:
@@ -289,13 +298,8 @@ def judging_of(config: RolloutConfig, engine: Engine) -> Judging:
 
 def starting_network(start: Start[Any], engine: Engine) -> AsItBegan:
     """Where an adapter is new, the network with it switched off; else a frozen copy, whole on every rank."""
-    adapter = start.model.adapter
-    if adapter is not None and not is_adapter(start.config.init_from):
-
-        def without(network: GPT) -> AbstractContextManager[GPT]:
-            return switched_off(network)
-
-        return without
+    if newly_adapted(start.model, start.config.init_from):
+        return lambda network: switched_off(network)
     weights = start.found or start.weights
-    frozen = assemble(start.model.config, weights(), engine.device, adapter=adapter).requires_grad_(False)
+    frozen = assemble(start.model.config, weights(), engine.device, adapter=start.model.adapter).requires_grad_(False)
     return lambda network: nullcontext(frozen)

@@ -23,7 +23,7 @@ from model.folder import folder_weights, weights_hash
 from model.folder import load_config as load_model_config
 from model.gpt import fresh_weights, with_score
 from training import distributed
-from training.adapting import adapted_weights, adapter_of, flags_of
+from training.adapting import adapted_weights, adapter_of, flags_of, newly_adapted
 from training.command import run_stage as run_stage  # where tools look for it
 from training.config import SHAPE_FLAGS, ChatConfig, Config, model_folder, rules
 from training.distributed import World
@@ -322,5 +322,13 @@ def run_identity(start: Start[Any], data: Data) -> dict[str, Any]:
     return {
         "stage": config.stage,
         "data": data.train.rows.fingerprint,
-        "init_from": "none" if config.init_from == "none" else weights_hash(start.found or start.weights),
+        "init_from": "none" if config.init_from == "none" else hash_of(start),
     } | {name: getattr(config, name) for name, rule in rules(config).items() if rule.resume == "refuse"}
+
+
+def hash_of(start: Start[Any]) -> str:
+    """Of the weights in the starting folder; a new adapter has looked at them already."""
+    adapter = start.model.adapter
+    if adapter is not None and newly_adapted(start.model, start.config.init_from):
+        return adapter.base_hash
+    return weights_hash(start.found or start.weights)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from dataset.batch import Batch, ValuedBatch
-from evaluation.tools import build_tools
 from model import GPT
 from model.folder import folder_weights
 from model.folder import load_config as load_model_config
@@ -27,17 +26,20 @@ from training.engines import Machine, Weights, build_engine
 from training.engines.actor_critic import ActorCritic
 from training.groups import Group
 from training.objectives import PPO
-from training.rollout import Judged, Judging, Sources, held_out_sampling, judging_of, sampling_of, starting_network
+from training.rollout import Judged, Sources, judging_of, rollouts_of
 from training.setup import Data, Start, weights_hash
 from training.stages import PPOConfig
-from training.tool_turns import Toolbox
 
 
 class Valued(Judged):
     """Judged answers, each of whose tokens has an advantage of its own."""
 
     engine: ActorCritic
-    objective: PPO
+
+    def __init__(self, objective: PPO, *judged: Any):
+        """judged: what Judged is made of."""
+        super().__init__(*judged)
+        self.objective = objective
 
     def batch(self, groups: list[Group], network: GPT) -> ValuedBatch:
         """Every rank takes part: the critic may be spread over them."""
@@ -64,17 +66,7 @@ class Valued(Judged):
 
 def valued_rollouts(data: Data, engine: ActorCritic, start: Start[Any], objective: PPO) -> Sources:
     """As rollout.judged_rollouts."""
-    config: PPOConfig = start.config
-    judging, how = judging_of(config, engine), sampling_of(config)
-    box, as_it_began = Toolbox(build_tools(config.tools), config.max_turns), starting_network(start, engine)
-    train = Valued(data.train, engine, start.tokenizer, how, judging, as_it_began, config.inner_epochs, box)
-    train.objective = objective
-    if data.val is None:
-        return Sources(train, None)
-    how, plain = held_out_sampling(config), Judging(judging.reward, judging.pass_reward)
-    val = Valued(data.val, engine, start.tokenizer, how, plain, as_it_began, box=box)
-    val.objective = objective
-    return Sources(train, val)
+    return rollouts_of(data, engine, start, judging_of(start.config, engine), partial(Valued, objective))
 
 
 # The critic ----------------------------------------------------------------------------------------------------------

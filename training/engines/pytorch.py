@@ -9,7 +9,7 @@ save     torch.distributed.checkpoint files, which any number of ranks reads
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import cached_property, partial
@@ -41,6 +41,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled", categ
 
 # not the weights beside an adapter, which the starting folder has; that none is missing is asked where files are read
 LEARNT = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+Asked = tuple[Tensor, ...]  # the fields of an Output
 
 
 class Accumulating:
@@ -82,15 +85,8 @@ class Accumulating:
     # --- one update ---
 
     def ask(self, batch: Batch, objective: Objective[Any] | None = None) -> Output:
-        """The one place where a batch meets the network. Without an objective it is asked for the single places."""
-        criterion = nll_by_place if objective is None else objective.criterion
-        layout = Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens)
-        return Output(
-            *self.network(
-                batch.input_ids, batch.position_ids, batch.labels,
-                layout=layout, learnt=batch.learnt, criterion=partial(criterion, batch=batch),
-            )
-        )  # fmt: skip
+        """Of this engine's network. Without an objective it is asked for the single places."""
+        return ask(self.network, batch, nll_by_place if objective is None else objective.criterion)
 
     def forward_backward(
         self, micro_batches: list[B], objective: Objective[B], weight: float | None = None
@@ -301,6 +297,18 @@ class SingleEngine(PyTorchEngine):
     """One process, one device, everything whole."""
 
     name = "single"
+
+
+def ask(network: Callable[..., Asked], batch: Batch, criterion: Callable[..., Asked]) -> Output:
+    """The one place where a batch meets a network, the engine's or a frozen one; only a teacher, of whom hidden states
+    are wanted, is asked elsewhere."""
+    layout = Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens)
+    return Output(
+        *network(
+            batch.input_ids, batch.position_ids, batch.labels,
+            layout=layout, learnt=batch.learnt, criterion=partial(criterion, batch=batch),
+        )
+    )  # fmt: skip
 
 
 def like(slot: Tensor, full: Tensor) -> Tensor:
