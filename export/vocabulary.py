@@ -1,0 +1,174 @@
+"""A tokenizer as llama.cpp knows it: pieces by id with their kinds, and what joins them.
+
+    the shipped tokenizer   Vocabulary(model="llama", tokens=["<unk>", "<s>", ..., "\\u2581t", "he", ...],
+                                       scores=[0, 0, ..., -0.0, -1.0, ...])          SentencePiece: pieces by score
+    a folder of Qwen3's     Vocabulary(model="gpt2", pre="qwen2", tokens=["!", ..., "\\u0120the"],
+                                       merges=["\\u0120 t", "h e", ...])             bytes, joined within words
+
+llama.cpp has one splitter into words for each `pre`, compiled in: a tokenizer with any other cannot be said in a file.
+Where some texts get other ids there all the same, `notes` say which and why.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from gguf import TokenType
+
+from dataset.tokenizer import CONTROL_TOKENS, SPACE_MARK, HFTokenizer, TextTokenizer, Tokenizer
+
+SHOWN = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call>"})  # an answer may hold them
+
+GPT2_WORDS = "ByteLevel"  # the words that this step of Hugging Face's makes by itself are GPT-2's
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+SIGNS_AND_SPACE = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE = {
+    (GPT2_WORDS,): "gpt-2",
+    ("Digits", GPT2_WORDS): "smollm",
+    (CONTRACTIONS + r"\p{N}{1,3}" + SIGNS_AND_SPACE,): "llama-bpe",
+    (CONTRACTIONS + r"\p{N}" + SIGNS_AND_SPACE,): "qwen2",
+}
+"""What splits a text into words, one entry a step -> llama.cpp's name for it."""
+
+SPACE_NOTE = "a literal U+2581 is read as a space: llama.cpp writes spaces as that character and cannot tell them apart"
+NFC_NOTE = "characters written as letter and accent apart get other ids: llama.cpp does not compose them (NFC)"
+
+
+@dataclass
+class Vocabulary:
+    """What a GGUF file says of a tokenizer; lists are by id."""
+
+    model: str  # "llama": SentencePiece's kind, "gpt2": byte-level merges
+    pre: str  # which words merges stay within
+    tokens: list[str]
+    types: list[int]  # of gguf.TokenType
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    space_prefix: bool = False  # whether a space is put before a text
+    notes: list[str] = field(default_factory=list)
+
+    def padded(self, size: int) -> "Vocabulary":
+        """With names for the rows of an embedding that stand for no token."""
+        missing = range(len(self.tokens), size)
+        self.tokens += [f"[PAD{i}]" for i in missing]
+        self.types += [TokenType.UNUSED] * len(missing)
+        self.scores += [-1e6] * len(missing) if self.scores else []
+        return self
+
+
+def vocabulary(tokenizer: TextTokenizer, size: int) -> Vocabulary:
+    """`size` is the rows of the embedding. Raises ValueError for a kind of tokenizer that llama.cpp does not have."""
+    if isinstance(tokenizer, Tokenizer):
+        return sentencepiece_vocabulary(tokenizer.folder).padded(size)
+    assert isinstance(tokenizer, HFTokenizer)
+    inside = json.loads(tokenizer.hf.backend_tokenizer.to_str())
+    model = inside["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"{tokenizer.folder}: found a tokenizer of the kind {model['type']}, GGUF is written for BPE")
+    build = score_vocabulary if model.get("byte_fallback") else merge_vocabulary
+    made = build(tokenizer, inside)
+    shown = sorted(made.tokens[i] for i, kind in enumerate(made.types) if kind == TokenType.USER_DEFINED)
+    if shown:
+        made.notes.append(shown_note(shown))
+    return made.padded(size)
+
+
+def shown_note(names: list[str]) -> str:
+    return (
+        f"{' '.join(names)} are read as the tokens they name also in plain text: "
+        "so marked, llama.cpp shows them where an answer holds them, and control tokens it hides"
+    )
+
+
+def sentencepiece_vocabulary(folder: Path) -> Vocabulary:
+    """This project's own."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = range(model.get_piece_size())
+    kinds = [TokenType.BYTE if model.is_byte(i) else TokenType.NORMAL for i in ids]
+    for i, name in enumerate(CONTROL_TOKENS):
+        kinds[i] = TokenType.USER_DEFINED if name in SHOWN else TokenType.CONTROL
+    kinds[CONTROL_TOKENS.index("<unk>")] = TokenType.UNKNOWN
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=[model.id_to_piece(i) for i in ids],
+        types=list(kinds),
+        scores=[model.get_score(i) for i in ids],
+        notes=[SPACE_NOTE, shown_note(sorted(SHOWN))],
+    )
+
+
+def merge_vocabulary(tokenizer: HFTokenizer, inside: dict[str, Any]) -> Vocabulary:
+    """Byte-level merges, as Llama 3 and Qwen3 have them. Raises ValueError where llama.cpp has no such words."""
+    words = tuple(word_steps(inside["pre_tokenizer"] or {}))
+    pre, model = PRE.get(words), inside["model"]
+    if pre is None or not model["merges"]:
+        raise ValueError(
+            f"{tokenizer.folder}: llama.cpp cannot split text like this tokenizer ({' then '.join(words) or 'not'}); "
+            f"known to it and to us are the words of {', '.join(PRE.values())}"
+        )
+    if bool(model.get("ignore_merges")) != (pre == "llama-bpe"):
+        raise ValueError(
+            f"{tokenizer.folder}: ignore_merges is {model.get('ignore_merges')} in tokenizer.json, and with the words "
+            f"of {pre} llama.cpp has it the other way"
+        )
+    tokens, types = pieces(tokenizer, model["vocab"])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    notes = [NFC_NOTE] if "NFC" in json.dumps(inside["normalizer"]) else []
+    return Vocabulary("gpt2", pre, tokens, types, merges=merges, notes=notes)
+
+
+def word_steps(step: dict[str, Any]) -> list[str]:
+    """{"type": "Sequence", "pretokenizers": [Split(pattern), ByteLevel()]} -> [pattern]"""
+    kind = step.get("type")
+    if kind == "Sequence":
+        return [name for each in step["pretokenizers"] for name in word_steps(each)]
+    if kind == "Split":
+        return [next(iter(step["pattern"].values()))] if step["behavior"] == "Isolated" else [json.dumps(step)]
+    if kind == "ByteLevel":
+        return [GPT2_WORDS] * step.get("use_regex", True)
+    if kind == "Digits" and step.get("individual_digits"):
+        return ["Digits"]
+    return [json.dumps(step)] if kind else []
+
+
+def score_vocabulary(tokenizer: HFTokenizer, inside: dict[str, Any]) -> Vocabulary:
+    """Pieces with spaces as U+2581 and a fall-back to bytes, as Llama 2 has them: the score of a piece is when it is
+    merged. Raises ValueError where merges say more than scores can."""
+    vocab = inside["model"]["vocab"]
+    rank: dict[str, int] = {}
+    for i, merge in enumerate(inside["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        rank.setdefault(left + right, i)
+    listed = {tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in inside["model"]["merges"]}
+    pairs = ((piece[:cut], piece[cut:]) for piece in rank for cut in range(1, len(piece)))
+    unlisted = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab and pair not in listed]
+    if unlisted or SPACE_MARK not in json.dumps(inside, ensure_ascii=False):
+        raise ValueError(
+            f"{tokenizer.folder}: llama.cpp joins any two pieces that make a third, and {len(unlisted)} such pairs are "
+            f"no merges of this tokenizer, {unlisted[:1]} for one; its ids would differ"
+        )
+    tokens, types = pieces(tokenizer, vocab)
+    types = [TokenType.BYTE if is_byte_piece(name) else kind for name, kind in zip(tokens, types, strict=True)]
+    prefix = "Prepend" in json.dumps(inside["normalizer"]) or '"first"' in json.dumps(inside["pre_tokenizer"])
+    scores = [-float(rank.get(name, len(rank))) for name in tokens]
+    return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix)
+
+
+def is_byte_piece(name: str) -> bool:
+    return len(name) == 6 and name.startswith("<0x") and name.endswith(">")
+
+
+def pieces(tokenizer: HFTokenizer, vocab: dict[str, int]) -> tuple[list[str], list[int]]:
+    """Names and kinds by id. What is added without being called special is shown, as <think> of Qwen3's."""
+    names = {i: piece for piece, i in vocab.items()}
+    added = tokenizer.hf.added_tokens_decoder
+    names |= {i: token.content for i, token in added.items()}
+    kinds = {i: TokenType.CONTROL if token.special else TokenType.USER_DEFINED for i, token in added.items()}
+    if tokenizer.unk_id is not None and tokenizer.unk_id in added:
+        kinds[tokenizer.unk_id] = TokenType.UNKNOWN
+    ids = range(max(names) + 1)
+    tokens = [names.get(i, f"[PAD{i}]") for i in ids]
+    return tokens, [kinds.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED) for i in ids]
