@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from dataset.records import DataError, read_lines
+from dataset.hub import SCHEME
+from dataset.records import expand_paths, read_lines
 from model import GPT
 
 MEASURED = re.compile(r"^(loss|val_.+|reward.*|pass_at_1|tokens|seconds)$")  # of metrics.jsonl, what says how it ended
@@ -46,23 +47,22 @@ def card(model: GPT, run: Path, about: About) -> str:
     sections = [
         f"# {about.name}",
         shape(model),
-        usage(about.name, stage),
+        usage(model, about.name, stage),
         training(settings, stage, run),
         numbers("Measured at the end of training", last_values(run / "metrics.jsonl")),
         numbers("Benchmarks", dict(flat(read_json(run / "benchmark.json")))),
         "## Loss\n\n![loss](loss.png)" if (run / "loss.png").is_file() else "",
     ]
-    return f"---\n{front_matter(about, stage)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return f"---\n{front_matter(model, about, stage)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def front_matter(about: About, stage: str | None) -> str:
-    tags = ["seedling", *([stage.replace("_", "-")] if stage else [])]
+def front_matter(model: GPT, about: About, stage: str | None) -> str:
     return ModelCardData(
         license=about.license,
         language=list(about.languages) or None,
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=tags,
+        pipeline_tag="text-classification" if model.config.scores else "text-generation",
+        tags=["seedling", *([stage.replace("_", "-")] if stage else [])],
     ).to_yaml()
 
 
@@ -76,20 +76,26 @@ def shape(model: GPT) -> str:
     )
 
 
-def usage(name: str, stage: str | None) -> str:
+def usage(model: GPT, name: str, stage: str | None) -> str:
+    """How transformers opens it: a model that writes on, one that chats, or one that scores a chat."""
+    opened = "AutoModelForSequenceClassification" if model.config.scores else "AutoModelForCausalLM"
+    chat = '{"role": "user", "content": "Who are you?"}'
+    if model.config.scores:
+        chat += ', {"role": "assistant", "content": "A small model."}'
+    asked = "" if model.config.scores else "add_generation_prompt=True, "
+    inputs = f"tokenizer.apply_chat_template([{chat}], {asked}return_dict=True, return_tensors='pt')"
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {opened}, AutoTokenizer",
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'model = {opened}.from_pretrained("{name}")',
+        f"inputs = {inputs if stage != 'pretrain' else PLAIN}",
+        f"print({'model(**inputs).logits' if model.config.scores else WRITTEN})",
     ]
-    if stage == "pretrain":
-        lines.append('inputs = tokenizer("Once upon a time", return_tensors="pt")')
-    else:
-        lines.append('messages = [{"role": "user", "content": "Who are you?"}]')
-        asked = "add_generation_prompt=True, return_dict=True, return_tensors='pt'"
-        lines.append(f"inputs = tokenizer.apply_chat_template(messages, {asked})")
-    lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))")
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+PLAIN = "tokenizer('Once upon a time', return_tensors='pt')"
+WRITTEN = "tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0])"
 
 
 def training(settings: dict[str, Any], stage: str | None, run: Path) -> str:
@@ -109,19 +115,22 @@ def without_folders(value: Any) -> Any:
     """Paths shortened to what they end in: where they lie is nobody else's business. A hub's file by its name there."""
     if isinstance(value, list):
         return [without_folders(each) for each in value]
-    if not isinstance(value, str) or "/" not in value:
+    if not isinstance(value, str) or "/" not in value or value.startswith(SCHEME):
         return value
     hub = re.search(r"(?:models|datasets)--(.+?)--(.+?)/snapshots/[^/]+/?(.*)", value)
     return "/".join(filter(None, hub.groups())) if hub else Path(value).name
 
 
 def rows_of(path: str) -> str:
-    """Lines of a data file that are not blank, where it still lies where the run read it."""
+    """Lines of a file (or of all that a glob means) that are not blank, where it still lies where the run read it."""
+    rows = 0
     try:
-        with open(path, "rb") as file:
-            return f"{sum(bool(line.strip()) for _, line in read_lines(path, file)):,}"
-    except (OSError, DataError):
-        return "no longer there"
+        for each in expand_paths(path):
+            with open(each, "rb") as file:
+                rows += sum(bool(line.strip()) for _, line in read_lines(each, file))
+    except (OSError, ValueError) as error:
+        return f"not read again: {type(error).__name__}"
+    return f"{rows:,}"
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], str | None]:

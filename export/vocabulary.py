@@ -102,12 +102,12 @@ def sentencepiece_vocabulary(folder: Path) -> Vocabulary:
 
 def merge_vocabulary(tokenizer: HFTokenizer, inside: dict[str, Any]) -> Vocabulary:
     """Byte-level merges, as Llama 3 and Qwen3 have them. Raises ValueError where llama.cpp has no such words."""
-    words = tuple(word_steps(inside["pre_tokenizer"] or {}))
-    pre, model = PRE.get(words), inside["model"]
-    if pre is None or not model["merges"]:
+    model, words = inside["model"], tuple(word_steps(inside["pre_tokenizer"]))
+    pre, changes = PRE.get(words), steps(inside["normalizer"], "normalizers")
+    if pre is None or not model["merges"] or any(step["type"] != "NFC" for step in changes):
         raise ValueError(
-            f"{tokenizer.folder}: llama.cpp cannot split text like this tokenizer ({' then '.join(words) or 'not'}); "
-            f"known to it and to us are the words of {', '.join(PRE.values())}"
+            f"{tokenizer.folder}: llama.cpp cannot split text like this tokenizer (normalizer {inside['normalizer']}, "
+            f"pre_tokenizer {' then '.join(words) or 'none'}); it can where the words are {', '.join(PRE.values())}'s"
         )
     if bool(model.get("ignore_merges")) != (pre == "llama-bpe"):
         raise ValueError(
@@ -115,46 +115,71 @@ def merge_vocabulary(tokenizer: HFTokenizer, inside: dict[str, Any]) -> Vocabula
             f"of {pre} llama.cpp has it the other way"
         )
     tokens, types = pieces(tokenizer, model["vocab"])
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    notes = [NFC_NOTE] if "NFC" in json.dumps(inside["normalizer"]) else []
-    return Vocabulary("gpt2", pre, tokens, types, merges=merges, notes=notes)
+    merges = [" ".join(pair) for pair in merge_pairs(model)]
+    return Vocabulary("gpt2", pre, tokens, types, merges=merges, notes=[NFC_NOTE] * bool(changes))
 
 
-def word_steps(step: dict[str, Any]) -> list[str]:
-    """{"type": "Sequence", "pretokenizers": [Split(pattern), ByteLevel()]} -> [pattern]"""
-    kind = step.get("type")
-    if kind == "Sequence":
-        return [name for each in step["pretokenizers"] for name in word_steps(each)]
-    if kind == "Split":
-        return [next(iter(step["pattern"].values()))] if step["behavior"] == "Isolated" else [json.dumps(step)]
-    if kind == "ByteLevel":
-        return [GPT2_WORDS] * step.get("use_regex", True)
-    if kind == "Digits" and step.get("individual_digits"):
-        return ["Digits"]
-    return [json.dumps(step)] if kind else []
+def steps(step: dict[str, Any] | None, within: str) -> list[dict[str, Any]]:
+    """What a part of tokenizer.json does, one after another; `within` is what a Sequence of such parts calls them."""
+    if step is None:
+        return []
+    return [each for part in step[within] for each in steps(part, within)] if step["type"] == "Sequence" else [step]
+
+
+def word_steps(pre_tokenizer: dict[str, Any] | None) -> list[str]:
+    """{"type": "Sequence", "pretokenizers": [Split(pattern), ByteLevel()]} -> [pattern]; unknown steps as they are."""
+    words = []
+    for step in steps(pre_tokenizer, "pretokenizers"):
+        if step["type"] == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
+            words += step["pattern"].values()
+        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            words += [GPT2_WORDS] * step.get("use_regex", True)
+        elif step["type"] == "Digits" and step["individual_digits"]:
+            words.append("Digits")
+        else:
+            words.append(json.dumps(step))
+    return words
+
+
+def merge_pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """["t h", ...] of older files and [["t", "h"], ...] of newer ones -> [("t", "h"), ...]"""
+    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
 
 
 def score_vocabulary(tokenizer: HFTokenizer, inside: dict[str, Any]) -> Vocabulary:
     """Pieces with spaces as U+2581 and a fall-back to bytes, as Llama 2 has them: the score of a piece is when it is
     merged. Raises ValueError where merges say more than scores can."""
-    vocab = inside["model"]["vocab"]
+    model = inside["model"]
+    vocab, pairs = model["vocab"], merge_pairs(model)
     rank: dict[str, int] = {}
-    for i, merge in enumerate(inside["model"]["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+    for i, (left, right) in enumerate(pairs):
         rank.setdefault(left + right, i)
-    listed = {tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in inside["model"]["merges"]}
-    pairs = ((piece[:cut], piece[cut:]) for piece in rank for cut in range(1, len(piece)))
-    unlisted = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab and pair not in listed]
-    if unlisted or SPACE_MARK not in json.dumps(inside, ensure_ascii=False):
+    joined = {(piece[:cut], piece[cut:]) for piece in rank for cut in range(1, len(piece))}
+    unlisted = sorted(pair for pair in joined.difference(pairs) if pair[0] in vocab and pair[1] in vocab)
+    prefix = space_prefix(inside)
+    if unlisted or prefix is None:
         raise ValueError(
-            f"{tokenizer.folder}: llama.cpp joins any two pieces that make a third, and {len(unlisted)} such pairs are "
-            f"no merges of this tokenizer, {unlisted[:1]} for one; its ids would differ"
+            f"{tokenizer.folder}: llama.cpp writes spaces as U+2581 and joins any two pieces that make a third; here "
+            f"the normalizer is {inside['normalizer']}, the pre_tokenizer {inside['pre_tokenizer']}, and "
+            f"{len(unlisted)} such pairs are no merges ({unlisted[:2]}): its ids would differ"
         )
     tokens, types = pieces(tokenizer, vocab)
     types = [TokenType.BYTE if is_byte_piece(name) else kind for name, kind in zip(tokens, types, strict=True)]
-    prefix = "Prepend" in json.dumps(inside["normalizer"]) or '"first"' in json.dumps(inside["pre_tokenizer"])
     scores = [-float(rank.get(name, len(rank))) for name in tokens]
     return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix)
+
+
+def space_prefix(inside: dict[str, Any]) -> bool | None:
+    """Whether spaces become U+2581 with one more before a text; None where something else is done to it."""
+    changes = steps(inside["normalizer"], "normalizers")
+    words = steps(inside["pre_tokenizer"], "pretokenizers")
+    plain = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+    if not words and plain in changes:
+        rest = [step for step in changes if step != plain]
+        return bool(rest) if rest in ([], [{"type": "Prepend", "prepend": SPACE_MARK}]) else None
+    if not changes and len(words) == 1 and words[0]["type"] == "Metaspace" and not words[0].get("split", True):
+        return {"never": False, "first": True, "always": True}.get(words[0]["prepend_scheme"])
+    return None
 
 
 def is_byte_piece(name: str) -> bool:
