@@ -166,7 +166,10 @@ def score_vocabulary(tokenizer: HFTokenizer, inside: dict[str, Any]) -> Vocabula
     tokens, types = pieces(tokenizer, vocab)
     types = [TokenType.BYTE if is_byte_piece(name) else kind for name, kind in zip(tokens, types, strict=True)]
     scores = [-float(rank.get(name, len(rank))) for name in tokens]
-    return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix)
+    joined_controls = [name for name in tokenizer.hf.added_tokens_encoder if name in rank]
+    note = f"{' '.join(joined_controls)} are read as the tokens they name also in plain text: pieces join to them"
+    notes = [note] if joined_controls else []
+    return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix, notes=notes)
 
 
 def space_prefix(inside: dict[str, Any]) -> bool | None:
