@@ -10,6 +10,7 @@ Where some texts get other ids there all the same, `notes` say which and why.
 """
 
 import json
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,7 @@ def score_vocabulary(tokenizer: HFTokenizer, inside: dict[str, Any]) -> Vocabula
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(pairs):
         rank.setdefault(left + right, i)
-    joined = {(piece[:cut], piece[cut:]) for piece in rank for cut in range(1, len(piece))}
-    unlisted = sorted(pair for pair in joined.difference(pairs) if pair[0] in vocab and pair[1] in vocab)
+    unlisted = sorted({pair for piece in rank for pair in halves(piece, vocab)}.difference(pairs))
     prefix = space_prefix(inside)
     if unlisted or prefix is None:
         raise ValueError(
@@ -166,10 +166,15 @@ def score_vocabulary(tokenizer: HFTokenizer, inside: dict[str, Any]) -> Vocabula
     tokens, types = pieces(tokenizer, vocab)
     types = [TokenType.BYTE if is_byte_piece(name) else kind for name, kind in zip(tokens, types, strict=True)]
     scores = [-float(rank.get(name, len(rank))) for name in tokens]
-    joined_controls = [name for name in tokenizer.hf.added_tokens_encoder if name in rank]
-    note = f"{' '.join(joined_controls)} are read as the tokens they name also in plain text: pieces join to them"
-    notes = [note] if joined_controls else []
-    return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix, notes=notes)
+    names = [name for name in tokens if name not in rank and halves(name, vocab)]
+    note = f"{' '.join(names)}: read as the token of that name also in plain text, where pieces join to it"
+    return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix, notes=[note] * bool(names))
+
+
+def halves(piece: str, vocab: Container[str]) -> list[tuple[str, str]]:
+    """Every way to cut a piece in two pieces."""
+    cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+    return [(left, right) for left, right in cuts if left in vocab and right in vocab]
 
 
 def space_prefix(inside: dict[str, Any]) -> bool | None:

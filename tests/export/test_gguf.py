@@ -202,7 +202,7 @@ def test_what_gguf_has_no_place_for_is_refused(tmp_path, make_model, tokenizer):
 
 def test_names_that_pieces_join_to_are_noted(tmp_path, make_model):
     theirs = load_tokenizer(llama2_with_all_merges(tmp_path / "llama2"))
-    assert vocabulary(theirs, theirs.vocab_size).notes[0].startswith("</s> are read as the tokens they name also")
+    assert vocabulary(theirs, theirs.vocab_size).notes[0].startswith("</s>: read as the token of that name")
 
 
 @pytest.mark.parametrize("family", ["ours", "llama3", "chatml"])
