@@ -51,7 +51,17 @@ def test_a_model_and_data_of_the_hub_are_trained_on_given_back_and_asked(server,
     """Three commands, one after another in one process, which saves seconds of imports."""
     run, away = tmp_path / "out/full_sft_32", tmp_path / "away"
     start = ["--init_from", "hf://user/chat", "--data_path", "hf://datasets/user/texts/data/chats.jsonl", *TINY[-4:]]
-    flags = [*start, "--max_steps", "2", "--batch_size", "2", "--out_dir", tmp_path / "out", "--cache_dir", tmp_path / "c"]
+    flags = [
+        *start,
+        "--max_steps",
+        "2",
+        "--batch_size",
+        "2",
+        "--out_dir",
+        tmp_path / "out",
+        "--cache_dir",
+        tmp_path / "c",
+    ]
     given = ["--out", away, "--push_to_hub", "user/mine", "--license", "mit", "--language", "en", "zh"]
     asked = ["--prompt", "Hi", "--max_new_tokens", "4", "--temperature", "0"]
     lines = [
