@@ -189,6 +189,16 @@ def test_weights_and_settings_are_read_back(tmp_path, make_model, tokenizer, dty
     close(tensors["blk.0.attn_norm.weight"], weights["model.layers.0.input_layernorm.weight"], 0)
 
 
+def test_matrices_that_q8_0_cannot_hold_stay_16_bits_and_are_counted(tmp_path, make_model, tokenizer):
+    model = make_model(vocab_size=6400)  # rows of 32, and of 48 in two down projections
+    assert write_gguf(model, tokenizer, tmp_path / "x.gguf", "q8_0", "x")[-1].startswith("2 matrices have rows")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    assert (
+        kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    )
+    assert kinds["output_norm.weight"] == "F32"
+
+
 def close(found: np.ndarray, expected: torch.Tensor, within: float) -> None:
     """Relative to the largest weight."""
     assert np.abs(found - expected.numpy()).max() <= within * expected.abs().max().item()
