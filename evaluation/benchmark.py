@@ -142,16 +142,22 @@ def judge_files(
 
     Raises DataError for a bad row, and for an item of one task that stands in two files.
     """
-    notes, items = [], []
+    items, notes = read_files(files, how)
+    outcomes, counts = judge_items(model, tokenizer, items, how, ranks)
+    return Run(name, how._asdict(), [str(path) for path in files], scores_of(outcomes), outcomes, counts, notes)
+
+
+def read_files(files: Sequence[str | Path], how: How) -> tuple[list[Item], list[str]]:
+    """Items of all files, and what a reader should know of them. Raises as `judge_files`."""
+    items: list[Item] = []
+    notes: list[str] = []
     for path in files:
         read = read_items(path, shots=how.shots, max_rows=how.max_rows)
         notes += [f"{path}: {note}" for note in lines_of(read)]
         items += read
-    keys = {(item.task, item.id) for item in items}
-    if len(keys) < len(items):
+    if len({(item.task, item.id) for item in items}) < len(items):
         raise DataError(f"{' '.join(map(str, files))}: found an item of one task and id twice; give every file once")
-    outcomes, counts = judge_items(model, tokenizer, items, how, ranks)
-    return Run(name, how._asdict(), [str(path) for path in files], scores_of(outcomes), outcomes, counts, notes)
+    return items, notes
 
 
 def judge_items(

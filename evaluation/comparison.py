@@ -142,7 +142,10 @@ def paired_interval(only_a: int, only_b: int, items: int) -> tuple[float, float]
 def mcnemar(only_a: int, only_b: int) -> float:
     """The exact test's p, two-sided: of n fair throws, so few of one side or fewer, twice; at most 1."""
     n, few = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(n, k) for k in range(few + 1))
+    tail = ways = 1
+    for k in range(1, few + 1):
+        ways = ways * (n - k + 1) // k  # n over k
+        tail += ways
     return min(1.0, 2 * tail / 2**n)  # whole numbers, which Python divides whatever their size
 
 
