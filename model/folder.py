@@ -37,22 +37,30 @@ def save_pretrained(
     bos_token_id: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str | None = None,
 ) -> None:
-    """Write config, weights (float32 as they are trained) and generation settings.
+    """Write config, weights (float32 as they are trained, or another `dtype`) and generation settings.
 
     Each file appears whole or not at all. `weights` are full tensors by parameter name, for a model that does not hold
-    them itself (a sharded one).
+    them itself (a sharded one). `max_shard_size` ("2GB") spreads them over several files, with an index.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     tokens = {key: value for key, value in tokens.items() if value is not None}
-    write_json(folder / "config.json", model.config.to_hf() | tokens)
+    named = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    write_json(folder / "config.json", model.config.to_hf() | named | tokens)
     sampling: dict[str, object] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
     if not model.config.scores:
         write_json(folder / "generation_config.json", sampling | tokens)
     weights = model.state_dict() if weights is None else weights
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    if max_shard_size is not None:
+        from huggingface_hub import save_torch_state_dict  # only for folders that are given away
+
+        save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
+        return
     part = folder / "model.safetensors.part"
     save_file(weights, part, metadata={"format": "pt"})
     os.replace(part, folder / "model.safetensors")

@@ -57,7 +57,8 @@ def found_adapter(asked: Config, init: str, shape: GPTConfig) -> Adapter:
     for name in flags:
         wanted, found = getattr(asked, name), flags[name]
         if not name.endswith("_dropout") and wanted is not None and wanted != found:
-            anew = ", or make a model of it to adapt anew: python scripts/convert.py merge" if adapter.merges else ""
+            merge = ", or make a model of it to adapt anew: python scripts/convert.py --to adapter_merged"
+            anew = merge if adapter.merges else ""
             raise ValueError(
                 f"--{name} {wanted} contradicts the adapter in {init}, which has {found}; leave the flag out to go on "
                 f"with that one{anew}"
