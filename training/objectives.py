@@ -568,6 +568,7 @@ STAGES: dict[str, Stage] = {
             lambda config: Distillation(
                 config.distill_loss, config.jsd_beta, config.distill_temperature, config.ce_weight
             ),
+            lambda config: PROMPT if config.on_policy else CONVERSATION,
             alone=False,
         ),
         Stage(RewardConfig, SCORED, lambda config: BradleyTerry(config.center_weight), alone=False),

@@ -191,11 +191,12 @@ def starting_teacher(start: Start[DistillConfig], machine: Machine) -> Teacher:
             f"the teacher {folder} has another vocabulary than {student}: {problem}. What a teacher says of a token is "
             "said of its number; give a --teacher of the same tokenizer, or --tokenizer and --init_from to fit it"
         )
-    if shape.max_seq_len < start.max_seq_len:
-        raise ValueError(
-            f"the teacher {folder} has a context of {shape.max_seq_len:,} tokens, and rows are {start.max_seq_len:,}; "
-            f"give --max_seq_len {shape.max_seq_len}"
-        )
+    longest = start.model.config.max_seq_len if config.on_policy else start.max_seq_len
+    if shape.max_seq_len < longest:
+        told, way_out = f"rows are {longest:,}", f"give --max_seq_len {shape.max_seq_len}"
+        if config.on_policy:
+            told, way_out = f"the student draws answers in one of {longest:,}", "give a --teacher of a longer one"
+        raise ValueError(f"the teacher {folder} has a context of {shape.max_seq_len:,} tokens, and {told}; {way_out}")
     weights = partial(folder_weights, folder)
     made_of = f"{weights_hash(weights)} {json.dumps(shape.to_hf(), sort_keys=True)}"
     identity = xxhash.xxh3_64_hexdigest(made_of.encode())
