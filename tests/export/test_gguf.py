@@ -46,7 +46,9 @@ def opened(tmp_path):
     def load(model: GPT, tokenizer: TextTokenizer, dtype: str = "f32"):
         path = tmp_path / f"{len(list(tmp_path.glob('*.gguf')))}.gguf"
         write_gguf(model, tokenizer, path, dtype, "test")
-        return llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+        settings = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
+        cache = dict.fromkeys(("type_k", "type_v"), llama_cpp.GGML_TYPE_F32)  # of 16 bits by itself
+        return llama_cpp.Llama(str(path), **settings, **cache)
 
     return load
 
@@ -126,8 +128,7 @@ def test_ids_and_answers_are_those_of_a_foreign_tokenizer(opened, make_model, tm
     texts = [text.replace("</s>", "") for text in TEXTS] if family == "llama2" else TEXTS  # as a note says
     assert [ids_there(llama, text) for text in texts] == [theirs.encode(text) for text in texts]
     prompt = render_chat(theirs, CHAT, add_generation_prompt=True).ids
-    formatted = theirs.decode(prompt, skip_control=False)
-    assert ids_there(llama, formatted, special=True) == prompt
+    assert ids_there(llama, theirs.apply_template(CHAT, None, True), special=True) == prompt
 
 
 CHAT = [
@@ -146,7 +147,7 @@ def test_a_chat_is_answered_as_we_answer_it(opened, make_model, tokenizer):
     there = llama.create_chat_completion(CHAT, max_tokens=40, temperature=0.0, repeat_penalty=1.0)
     assert there["usage"]["prompt_tokens"] == len(prompt)
     shown = tokenizer.decode([i for i in answer.ids if i not in HIDDEN], skip_control=False)
-    assert there["choices"][0]["message"]["content"] == shown
+    assert there["choices"][0]["message"]["content"] == shown.replace("\ufffd", "")  # halves of characters it leaves out
 
 
 HIDDEN = {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12}  # control tokens that llama.cpp does not show
