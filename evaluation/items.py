@@ -29,9 +29,7 @@ from dataset.records import Row, expand_paths, read_rows
 KINDS = ("choice", "cloze", "generate")
 WORDS = {"en": ("Question: ", "Answer:"), "zh": ("问题：", "答案：")}
 GO_ON = ("copa", "hellaswag")  # tasks whose question is the beginning of a sentence, which the choices end
-ASKS = re.compile(
-    r"^(Question:|问题：)", re.MULTILINE
-)  # in questions that bring their own words (a passage, then this)
+ASKS = re.compile(r"^(Question:|问题：)", re.MULTILINE)  # of a question that brings its own word, after a passage
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
