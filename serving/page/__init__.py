@@ -1,20 +1,19 @@
 """The page to chat, as a browser gets it: HTML, one style sheet, a few scripts, and Markdown turned into HTML.
 
-    app.include_router(page_router(Depends(check_key)))
+    app.include_router(page_router())
 
     GET  /               index.html
     GET  /page/app.js    one of FILES
     POST /render         {"text": "**Hi**"} -> {"html": "<p><strong>Hi</strong></p>\\n"}
 
-The page itself is open to everyone who reaches the server; it holds no secret. What it asks of the server needs the
-key, and so does /render. Every answer carries HEADERS: a browser then runs no script, takes no style and asks no host
+The page itself is open to everyone who reaches the server; it holds no secret. What it asks needs the key, /render too
+(serving/guard.py). Every answer carries HEADERS: a browser then runs no script, takes no style and asks no host
 but this server's own, whatever a model writes.
 """
 
 from importlib.resources import files
 
 from fastapi import APIRouter, HTTPException, Response
-from fastapi.params import Depends
 from pydantic import BaseModel, Field
 
 from serving.page.markdown import to_html
@@ -63,8 +62,7 @@ class Rendered(BaseModel):
     html: str
 
 
-def page_router(*dependencies: Depends) -> APIRouter:
-    """Routes of the page; `dependencies` guard /render as they guard the API."""
+def page_router() -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
@@ -77,7 +75,7 @@ def page_router(*dependencies: Depends) -> APIRouter:
             raise HTTPException(404, f"no such file: {name!r}; there are {', '.join(FILES)}")
         return page_file(name, FILES[name])
 
-    @router.post("/render", dependencies=dependencies)
+    @router.post("/render")
     def render(text: Text, response: Response) -> Rendered:
         response.headers.update(HEADERS)
         return Rendered(html=to_html(text.text))

@@ -17,6 +17,7 @@ import { fillWords, say, setLanguage } from "./words.js";
 const $ = (id) => document.getElementById(id);
 const state = { models: [], conversations: [], current: null, running: new Map() };
 let views = new WeakMap(); // answer -> AnswerView
+const drawing = new Set(); // answers of which more has come since the last frame
 const saving = new Map(); // conversation id -> timer
 
 // Asking ---------------------------------------------------------------------------------------------------------
@@ -26,6 +27,7 @@ function send(text) {
   if (!text.trim() || state.running.has(conversation.id) || !conversation.models.length) return false;
   if (!state.conversations.includes(conversation)) state.conversations.push(conversation);
   conversation.turns.push({ user: text, answers: conversation.models.map(newAnswer) });
+  showAddress();
   answer(conversation, conversation.turns.length - 1, [...conversation.models.keys()]);
   return true;
 }
@@ -56,9 +58,13 @@ async function answer(conversation, number, columns) {
   toEnd();
   announce(say("answering"));
   const { answers } = conversation.turns[number];
-  const one = (column) => answerTurn(conversation, number, column, controller.signal, () => changed(conversation, answers[column]));
-  const keysNeeded = await Promise.all(columns.map(one));
+  const keysNeeded = await Promise.all(columns.map((column) => answerTurn(conversation, number, column, {
+    context: state.models.find(({ id }) => id === answers[column].model)?.context,
+    signal: controller.signal,
+    changed: () => changed(conversation, answers[column]),
+  })));
   if (state.running.get(conversation.id) === controller) state.running.delete(conversation.id);
+  drawAnswers();
   keep(conversation);
   draw();
   announce(columns.map((column) => say("answered", answers[column].tokens)).join(". "));
@@ -69,12 +75,18 @@ async function answer(conversation, number, columns) {
   }
 }
 
-/** More of an answer is there. */
+/** More of an answer is there: it is shown with the next frame, and saved every second. */
 function changed(conversation, answer) {
-  const follow = atEnd();
-  views.get(answer)?.update();
-  if (follow && conversation === state.current) toEnd();
+  if (!drawing.size) requestAnimationFrame(drawAnswers);
+  drawing.add(answer);
   if (!saving.has(conversation.id)) saving.set(conversation.id, setTimeout(() => keep(conversation), 1000));
+}
+
+function drawAnswers() {
+  const follow = atEnd();
+  for (const answer of drawing) views.get(answer)?.update();
+  drawing.clear();
+  if (follow) toEnd();
 }
 
 function stop() {
@@ -94,11 +106,17 @@ function open(conversation) {
   state.current = conversation;
   const known = conversation.models.filter((id) => state.models.some((model) => model.id === id));
   if (state.models.length) conversation.models = known.length ? known : firstModels();
-  history.replaceState(null, "", conversation.turns.length ? `#${conversation.id}` : location.pathname);
+  showAddress();
   document.body.classList.remove("drawer");
   draw();
   toEnd();
   focusMessage();
+}
+
+/** So that the page, loaded again, shows the same conversation. */
+function showAddress() {
+  const { turns, id } = state.current;
+  history.replaceState(null, "", turns.length ? `#${id}` : location.pathname);
 }
 
 function begin() {

@@ -1,11 +1,12 @@
 // One answer: from the conversation so far to a request, and from the chunks that come back to the answer.
 //
-//   answerTurn(conversation, 1, 0, signal, changed)    answers turn 1 in column 0, calling `changed` whenever more is there
+//   answerTurn(conversation, 1, 0, {context: 512, signal, changed})    turn 1 in column 0; `changed` after each chunk
 //
-// The conversation a model is sent is its own column's. Where it no longer fits in the context, the oldest turns are left
-// out, one more each time the server says it is too long; answer.leftOut counts them.
+// A model is sent its own column of the conversation. Where that leaves no room for an answer in the context, the oldest
+// turns are left out, one more with each attempt; answer.leftOut counts them.
 
 import { Lost, Refused, chat } from "./api.js";
+import { newAnswer } from "./store.js";
 
 /** Messages of turns `start` .. `number`, in OpenAI's form. A turn that got no answer is not sent again. */
 export function messagesOf(conversation, number, column, start) {
@@ -28,12 +29,14 @@ function assistant({ content, reasoning, calls }) {
 }
 
 /** Never throws: how it went is the answer's state. Resolves to whether a key is needed. */
-export async function answerTurn(conversation, number, column, signal, changed) {
+export async function answerTurn(conversation, number, column, { context, signal, changed }) {
   const answer = conversation.turns[number].answers[column];
   const before = conversation.turns[number - 1]?.answers;
   answer.leftOut = (before?.[column] ?? before?.[0])?.leftOut ?? 0;
   try {
-    while (!(await attempt(conversation, number, column, signal, changed))) answer.leftOut += 1;
+    while (!(await attempt(conversation, number, column, { context, signal, changed }))) {
+      Object.assign(answer, newAnswer(answer.model), { leftOut: answer.leftOut + 1 });
+    }
   } catch (error) {
     if (signal.aborted) answer.state = "stopped";
     else if (error instanceof Lost) answer.state = "lost";
@@ -46,8 +49,8 @@ export async function answerTurn(conversation, number, column, signal, changed) 
   return false;
 }
 
-/** Whether the context had room; where not even the last message has it, the server's refusal is thrown. */
-async function attempt(conversation, number, column, signal, changed) {
+/** Whether the context had room. Where not even the last message has, the server's refusal is thrown. */
+async function attempt(conversation, number, column, { context, signal, changed }) {
   const answer = conversation.turns[number].answers[column];
   const { system, seed, ...sampling } = conversation.settings;
   const messages = messagesOf(conversation, number, column, answer.leftOut);
@@ -63,7 +66,8 @@ async function attempt(conversation, number, column, signal, changed) {
     throw error;
   }
   if (answer.state === "running") answer.state = "done";
-  return true;
+  const room = Math.min(sampling.max_tokens, context / 4); // that an answer should have
+  return answer.state !== "cut" || answer.tokens >= room || answer.leftOut === number;
 }
 
 /** Put a chunk into the answer. Until the server counts its tokens at the end, a chunk is taken for one. */

@@ -74,10 +74,16 @@ class Markdown {
   show(text, complete) {
     this.text = text;
     this.complete = complete;
+    if (!text.startsWith(this.shown)) this.clear();
     if (rendered.has(text)) this.insert(text);
     else this.tail.textContent = text.slice(this.shown.length);
-    if (!this.tail.isConnected || !this.element.contains(this.tail)) this.element.append(this.tail);
+    if (!this.element.contains(this.tail)) this.element.append(this.tail);
     if (!this.working) this.work();
+  }
+
+  clear() {
+    this.shown = "";
+    this.element.replaceChildren();
   }
 
   async work() {
