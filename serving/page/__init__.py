@@ -24,6 +24,7 @@ FILES = {
     "app.js": "text/javascript",
     "api.js": "text/javascript",
     "chat.js": "text/javascript",
+    "settings.js": "text/javascript",
     "store.js": "text/javascript",
     "view.js": "text/javascript",
     "words.js": "text/javascript",

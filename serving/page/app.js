@@ -1,24 +1,27 @@
 // The page at work: what is shown now, and what each button and key does.
 //
-//   store.js  conversations in the browser      api.js   the server       chat.js  one answer
-//   view.js   a turn's elements                 words.js what is said
+//   store.js  conversations in the browser    api.js    the server      chat.js      one answer
+//   view.js   a turn's elements               words.js  what is said    settings.js  dialogs and colours
 //
 // One conversation is shown, `state.current`. Answers go on coming into those that are not shown; `state.running` knows
-// them. Elements of an answer are made once and stay with it (`views`), so that open thoughts stay open.
+// them. Elements are made once for what they show and stay with it (`made`), so that while an answer comes, thoughts stay
+// open, a message goes on being edited, and the focus is where it was.
 
-import { Refused, listModels, setKey } from "./api.js";
+import { Refused, listModels } from "./api.js";
 import { answerTurn } from "./chat.js";
+import { askKey, nextTheme, showTheme, wireSettings } from "./settings.js";
 import {
-  loadConversations, newAnswer, newConversation, preference, remove, save, setPreference, title, whenChangedElsewhere,
+  newAnswer, newConversation, preference, readConversations, remove, save, setPreference, stopAll, title, whenChangedElsewhere,
 } from "./store.js";
 import { AnswerView, element, fit, iconButton, messageElement, submits } from "./view.js";
 import { fillWords, say, setLanguage } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
-const state = { models: [], conversations: [], current: null, running: new Map() };
-let views = new WeakMap(); // answer -> AnswerView
+const state = { models: [], conversations: [], current: null, running: new Map(), full: false };
+let made = new WeakMap(); // answer -> AnswerView; turn, conversation -> element
 const drawing = new Set(); // answers of which more has come since the last frame
 const saving = new Map(); // conversation id -> timer
+let undoing; // timer
 
 // Asking ---------------------------------------------------------------------------------------------------------
 
@@ -67,7 +70,7 @@ async function answer(conversation, number, columns) {
   drawAnswers();
   keep(conversation);
   draw();
-  announce(columns.map((column) => say("answered", answers[column].tokens)).join(". "));
+  announce(columns.filter((column) => answers[column].tokens).map((column) => say("answered", answers[column].tokens)).join(". "));
   if (keysNeeded.includes(true)) {
     await askKey();
     columns.forEach((column) => (answers[column] = newAnswer(answers[column].model)));
@@ -84,7 +87,7 @@ function changed(conversation, answer) {
 
 function drawAnswers() {
   const follow = atEnd();
-  for (const answer of drawing) views.get(answer)?.update();
+  for (const answer of drawing) made.get(answer)?.update();
   drawing.clear();
   if (follow) toEnd();
 }
@@ -97,7 +100,11 @@ function stop() {
 function keep(conversation) {
   clearTimeout(saving.get(conversation.id));
   saving.delete(conversation.id);
-  if (state.conversations.includes(conversation) && !save(conversation)) notice(say("storageFull"));
+  if (!state.conversations.includes(conversation)) return;
+  conversation.saved = Date.now();
+  const full = !save(conversation);
+  if (full !== state.full) notice(full ? say("storageFull") : "");
+  state.full = full;
 }
 
 // Conversations --------------------------------------------------------------------------------------------------
@@ -125,7 +132,7 @@ function begin() {
 
 /** Those last talked to, where they are served; else the first that chats. */
 function firstModels() {
-  const chats = state.models.filter(({ chat }) => chat !== false).map(({ id }) => id);
+  const chats = state.models.filter(({ chat }) => chat).map(({ id }) => id);
   const last = preference("models", []).filter((id) => chats.includes(id));
   return last.length ? last : chats.slice(0, 1);
 }
@@ -136,15 +143,24 @@ function discard(conversation) {
   remove(conversation);
   if (conversation === state.current) begin();
   else draw();
-  $("undo").hidden = false;
-  $("undo").querySelector("button").onclick = () => {
-    $("undo").hidden = true;
+  offerUndo(() => {
     state.conversations.push(conversation);
     keep(conversation);
     open(conversation);
+  });
+}
+
+function offerUndo(undo) {
+  const button = $("undo").querySelector("button");
+  const hide = () => {
+    if (document.activeElement === button) focusMessage();
+    $("undo").hidden = true;
   };
-  $("undo").querySelector("button").focus();
-  setTimeout(() => ($("undo").hidden = true), 8000);
+  clearTimeout(undoing);
+  undoing = setTimeout(hide, 8000);
+  $("undo").hidden = false;
+  button.onclick = () => (hide(), undo());
+  button.focus();
 }
 
 function neighbour(step) {
@@ -158,13 +174,13 @@ const sorted = () => [...state.conversations].sort((a, b) => b.updated - a.updat
 
 /** Another tab wrote: take what it wrote, but for what is being answered here. */
 function reload() {
-  const busy = state.conversations.filter(({ id }) => state.running.has(id));
-  const others = loadConversations().filter(({ id }) => !busy.some((each) => each.id === id));
-  const shown = others.find(({ id }) => id === state.current.id);
-  state.conversations = [...busy, ...others];
-  if (shown && shown.updated !== state.current.updated) open(shown);
-  else if (shown) state.conversations[state.conversations.indexOf(shown)] = state.current;
-  drawConversations();
+  const mine = (conversation) => state.running.has(conversation.id);
+  const theirs = readConversations().filter((conversation) => !mine(conversation));
+  const own = new Map(state.conversations.map((conversation) => [conversation.id, conversation]));
+  const fresh = theirs.map((each) => (own.get(each.id)?.saved === each.saved ? own.get(each.id) : each));
+  state.conversations = [...state.conversations.filter(mine), ...fresh];
+  state.current = state.conversations.find(({ id }) => id === state.current.id) ?? state.current;
+  draw();
 }
 
 // Drawing --------------------------------------------------------------------------------------------------------
@@ -176,44 +192,58 @@ function draw() {
   document.body.classList.toggle("two", models.length > 1);
   $("empty").hidden = turns.length > 0;
   $("about").replaceChildren(...models.map(aboutModel));
-  $("turns").replaceChildren(...turns.map(turnElement));
+  place($("turns"), turns.map(turnElement));
   $("send").hidden = running;
   $("stop").hidden = !running;
-  drawConversations();
+  place($("conversations"), sorted().map(conversationElement));
   drawModels();
 }
 
-function turnElement({ user, answers }, number) {
-  const shown = answers.map((answer, column) => {
-    if (!views.has(answer)) views.set(answer, new AnswerView(answer, { named: answers.length > 1, again: () => again([column]) }));
-    return views.get(answer).element;
-  });
-  return element("section", { className: "turn" }, messageElement(user, (text) => resend(number, text)),
-    element("div", { className: "answers" }, ...shown));
+/** Make these an element's children, touching only those that change. */
+function place(parent, children) {
+  for (const old of [...parent.children]) if (!children.includes(old)) old.remove();
+  children.forEach((child, i) => child === parent.children[i] || parent.insertBefore(child, parent.children[i] ?? null));
 }
 
-function drawConversations() {
-  $("conversations").replaceChildren(...sorted().map((conversation) => {
-    const name = title(conversation);
-    const link = element("button", { className: "conversation", textContent: name, onclick: () => open(conversation) });
-    if (conversation === state.current) link.ariaCurrent = "true";
-    return element("li", {}, link, iconButton("delete", say("delete", name), () => discard(conversation)));
-  }));
+/** What stands for a thing on the page; `make` is called the first time. */
+function elementOf(thing, make) {
+  if (!made.has(thing)) made.set(thing, make());
+  return made.get(thing);
+}
+
+function turnElement(turn, number) {
+  const section = elementOf(turn, () => element("section", { className: "turn" },
+    messageElement(turn.user, (text) => resend(number, text)), element("div", { className: "answers" })));
+  const named = turn.answers.length > 1;
+  place(section.lastChild, turn.answers.map((answer, column) =>
+    elementOf(answer, () => new AnswerView(answer, { named, again: () => again([column]) })).element));
+  return section;
+}
+
+function conversationElement(conversation) {
+  const name = title(conversation);
+  const item = elementOf(conversation, () => element("li", {},
+    element("button", { className: "conversation", onclick: () => open(conversation) }),
+    iconButton("delete", say("delete", name), () => discard(conversation))));
+  item.firstChild.textContent = name;
+  item.firstChild.ariaCurrent = conversation === state.current ? "true" : null;
+  return item;
 }
 
 function drawModels() {
   const { models } = state.current;
   const labels = models.length > 1 ? ["modelA", "modelB"] : ["model"];
-  $("models").replaceChildren(...models.map((id, column) => {
-    const options = state.models.map((model) => element("option", {
-      value: model.id, disabled: model.chat === false, selected: model.id === id,
-      textContent: model.chat === false ? `${model.id} (${say("notChat")})` : model.id,
-    }));
-    const onchange = ({ target }) => choose(models.with(column, target.value));
-    return element("select", { ariaLabel: say(labels[column]), title: say(labels[column]), onchange }, ...options);
-  }));
-  $("compare").hidden = state.models.filter(({ chat }) => chat !== false).length < 2;
+  const shown = JSON.stringify([models, labels.map((label) => say(label)), state.models]);
+  $("compare").hidden = state.models.filter(({ chat }) => chat).length < 2;
   $("compare").ariaPressed = String(models.length > 1);
+  if ($("models").dataset.shown === shown) return; // a list that is open stays open
+  $("models").dataset.shown = shown;
+  $("models").replaceChildren(...models.map((chosen, column) => element("select", {
+    ariaLabel: say(labels[column]), title: say(labels[column]),
+    onchange: ({ target }) => choose(state.current.models.with(column, target.value)),
+  }, ...state.models.map(({ id, chat }) => element("option", {
+    value: id, selected: id === chosen, disabled: !chat, textContent: chat ? id : `${id} (${say("notChat")})`,
+  })))));
 }
 
 function choose(models) {
@@ -225,7 +255,7 @@ function choose(models) {
 
 function compare() {
   const [first] = state.current.models;
-  const other = state.models.find(({ id, chat }) => id !== first && chat !== false);
+  const other = state.models.find(({ id, chat }) => id !== first && chat);
   choose(state.current.models.length > 1 ? [first] : [first, other.id]);
 }
 
@@ -252,74 +282,21 @@ function focusMessage() {
   if (matchMedia("(pointer: fine)").matches) $("message").focus();
 }
 
-// Settings -------------------------------------------------------------------------------------------------------
-
-const fields = () => $("settings-dialog").querySelectorAll("[name]");
-
-function openSettings() {
-  for (const field of fields()) {
-    field.value = state.current.settings[field.name] ?? "";
-    showValue(field);
-  }
-  $("settings-dialog").showModal();
-}
-
-function takeSetting({ target }) {
-  showValue(target);
-  if (!target.checkValidity()) return;
-  const number = target.value === "" ? null : Number(target.value);
-  state.current.settings[target.name] = target.name === "system" ? target.value : number;
-  setPreference("settings", state.current.settings);
-  keep(state.current);
-}
-
-function showValue(field) {
-  const output = field.parentElement.querySelector("output");
-  if (output) output.textContent = Number(field.value).toFixed(2);
-}
-
-/** Ask for the key until one is given; resolves when it has been. */
-function askKey() {
-  const dialog = $("key-dialog");
-  $("key-problem").textContent = say(dialog.dataset.asked ? "keyWrong" : "keyNeeded");
-  dialog.dataset.asked = "yes";
-  $("key").value = "";
-  if (!dialog.open) dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.oncancel = (event) => event.preventDefault();
-    $("key-form").onsubmit = (event) => {
-      event.preventDefault();
-      setKey($("key").value.trim());
-      dialog.close();
-      resolve();
-    };
-  });
-}
-
-const THEMES = ["auto", "light", "dark"];
-
-function setTheme(theme) {
-  setPreference("theme", theme);
-  document.documentElement.dataset.theme = theme;
-  const label = say({ auto: "themeAuto", light: "themeLight", dark: "themeDark" }[theme]);
-  Object.assign($("theme-switch"), { ariaLabel: label, title: label });
-}
+// Keys and language -----------------------------------------------------------------------------------------------
 
 function speak(language) {
   setPreference("language", language);
   setLanguage(language);
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
-  views = new WeakMap(); // made again in the new language
+  made = new WeakMap(); // all is made again in the new language
   fillWords(document);
-  setTheme(preference("theme", "auto"));
+  showTheme();
   Object.assign($("language-switch"), { ariaLabel: say("language"), title: say("language") });
   $("keys-list").replaceChildren(...SHORTCUTS.flatMap(([keys, word]) => [
     element("dt", {}, ...keys.split(" ").map((key) => element("kbd", {}, key))), element("dd", {}, say(word)),
   ]));
   if (state.current) draw();
 }
-
-// Keys -----------------------------------------------------------------------------------------------------------
 
 const SHORTCUTS = [
   ["Enter", "keySend"], ["Shift Enter", "keyLine"], ["Esc", "keyStop"], ["↑", "keyEdit"], ["Alt N", "keyNew"],
@@ -382,10 +359,9 @@ function wire() {
   $("compare").onclick = compare;
   $("menu-open").onclick = () => (document.body.classList.add("drawer"), $("new").focus());
   $("scrim").onclick = closeDrawer;
-  $("settings-open").onclick = openSettings;
-  fields().forEach((field) => (field.oninput = takeSetting));
+  wireSettings(() => state.current, () => keep(state.current));
   $("keys-open").onclick = () => $("keys-dialog").showModal();
-  $("theme-switch").onclick = () => setTheme(THEMES[(THEMES.indexOf(preference("theme", "auto")) + 1) % THEMES.length]);
+  $("theme-switch").onclick = nextTheme;
   $("language-switch").onclick = () => speak(document.documentElement.lang === "en" ? "zh" : "en");
   $("to-end").onclick = toEnd;
   $("log").onscroll = () => ($("to-end").hidden = atEnd());
@@ -408,7 +384,8 @@ async function connect() {
 
 speak(preference("language", navigator.language.startsWith("zh") ? "zh" : "en"));
 wire();
-state.conversations = loadConversations();
+state.conversations = readConversations();
+stopAll(state.conversations);
 const asked = state.conversations.find(({ id }) => `#${id}` === location.hash);
 state.current = asked ?? newConversation([]);
 connect();

@@ -1,11 +1,12 @@
 // Conversations and preferences, kept in the browser (localStorage), one entry a conversation, so that two tabs do not
 // overwrite each other's.
 //
-//   {id: "k3j", updated: 1764460800000, models: ["sft"], settings: {system: "", temperature: 0.7, ...},
+//   {id: "7-3", updated: 1764460800000, saved: 1764460801000, models: ["sft"], settings: {temperature: 0.7, ...},
 //    turns: [{user: "Hi", answers: [{model: "sft", content: "Hello!", reasoning: "", calls: [], state: "done",
 //                                    tokens: 3, seconds: 0.02, first: 0.05, leftOut: 0}]}]}
 //
-// A turn has an answer a model, so two where two models answer side by side. An answer's state: running, done, stopped
+// `updated` is when it was last asked something, which orders the list; `saved` when it was last written. A turn has an
+// answer a model, so two where two models answer side by side. An answer's state: running, done, stopped
 // (by the user), cut (by its length), lost (the server) or refused (by the server; `problem` says why).
 
 const CONVERSATION = "seedling.conversation.";
@@ -26,14 +27,16 @@ export function title(conversation) {
   return conversation.turns[0]?.user.trim().split("\n")[0].slice(0, 80) ?? "";
 }
 
-/** All of them, the newest first. What was being answered when its page was closed has been stopped by that. */
-export function loadConversations() {
+export function readConversations() {
   const keys = Object.keys(localStorage).filter((key) => key.startsWith(CONVERSATION));
-  const found = keys.map((key) => read(key, null)).filter((conversation) => conversation?.turns);
-  for (const answer of found.flatMap(({ turns }) => turns.flatMap(({ answers }) => answers))) {
+  return keys.map((key) => read(key, null)).filter((conversation) => conversation?.turns);
+}
+
+/** What was being answered when its page was closed has been stopped by that. */
+export function stopAll(conversations) {
+  for (const answer of conversations.flatMap(({ turns }) => turns.flatMap(({ answers }) => answers))) {
     if (answer.state === "running") answer.state = "stopped";
   }
-  return found.sort((a, b) => b.updated - a.updated);
 }
 
 /** Whether there was room for it. */

@@ -6,6 +6,7 @@
 import { renderMarkdown } from "./api.js";
 import { say } from "./words.js";
 
+const BLOCKS = "p, ul, ol, li, blockquote, figure, pre, pre > code, .table, table, tbody, tr, td, h1, h2, h3, h4, h5, h6";
 const PAUSE = 300; // milliseconds between two renderings of an answer that is still coming
 
 /** element("p", {className: "note"}, "text", child) */
@@ -72,42 +73,38 @@ class Markdown {
   working = false;
 
   show(text, complete) {
-    this.text = text;
-    this.complete = complete;
-    if (!text.startsWith(this.shown)) this.clear();
-    if (rendered.has(text)) this.insert(text);
+    Object.assign(this, { text, complete });
+    if (!text.startsWith(this.shown)) {
+      this.shown = "";
+      this.element.replaceChildren();
+    }
+    if (rendered.has(text)) this.insert(text, rendered.get(text));
     else this.tail.textContent = text.slice(this.shown.length);
     if (!this.element.contains(this.tail)) this.element.append(this.tail);
     if (!this.working) this.work();
   }
 
-  clear() {
-    this.shown = "";
-    this.element.replaceChildren();
-  }
-
   async work() {
     this.working = true;
     while (this.shown !== this.text) {
-      const text = this.text;
-      try {
-        if (!rendered.has(text)) rendered.set(text, await renderMarkdown(text));
-      } catch {
-        break; // the text stands as it came
-      }
-      this.insert(text);
-      if (!this.complete) await new Promise((resolve) => setTimeout(resolve, PAUSE));
+      const { text, complete } = this;
+      const html = await renderMarkdown(text).catch(() => null);
+      if (html === null) break; // the text stands as it came
+      if (complete) rendered.set(text, html);
+      if (this.text.startsWith(text)) this.insert(text, html);
+      if (!complete) await new Promise((resolve) => setTimeout(resolve, PAUSE));
     }
     this.working = false;
   }
 
-  insert(text) {
+  insert(text, html) {
     if (this.shown === text) return;
-    insertRendered(this.element, rendered.get(text));
+    insertRendered(this.element, html);
     this.shown = text;
     this.tail.textContent = this.text.slice(text.length);
     let last = this.element; // the tail goes on where the rendered text ended: in its last paragraph, cell, or code
-    while (last.lastElementChild && last.lastElementChild.tagName !== "BUTTON") last = last.lastElementChild;
+    while (last.lastElementChild?.matches(BLOCKS)) last = last.lastElementChild;
+    if (last.tagName === "CODE" && last.lastChild?.data === "\n" && !text.endsWith("\n")) last.lastChild.remove();
     last.append(this.tail);
   }
 }
@@ -150,7 +147,7 @@ export class AnswerView {
     this.failure.hidden = !["lost", "refused"].includes(state);
     this.problem.textContent = this.failure.hidden ? "" : this.reason();
     this.stats.textContent = this.measures();
-    this.stats.title = this.answer.first ? say("first", this.answer.first) : "";
+    this.stats.title = this.answer.model + (this.answer.first ? `, ${say("first", this.answer.first)}` : "");
   }
 
   reason() {

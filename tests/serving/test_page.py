@@ -47,11 +47,11 @@ ATTRIBUTES = {
     "th": CLASS,
     "td": CLASS,
 }
-PIECES = [" ", "\n", "\n\n", "\t", "<img src=x onerror=x>"]
-PIECES += """\
-<script> </script> ![ [ ]( ) javascript: JaVaScRiPt: data:text/html, http://a.b/ &#106;avascript: ` \
-``` ```python ```" ~~ ** _ # > - 1. | |- :-: \\ & < " ' ] text é 汉 \ud800 <a\u00a0href=x> []: mailto: <//a.b> https:
-""".split(" ")
+MARKS = """
+<script> </script> ![ [ ]( ) javascript: JaVaScRiPt: data:text/html, http://a.b/ &#106;avascript: ` ``` ```python ```" ~~ **
+_ # > - 1. | |- :-: \\ & < " ' ] text é 汉 \ud800 []: mailto: <//a.b> https:
+"""
+PIECES = [*MARKS.split(), " ", "\n", "\n\n", "\t", "\u00a0", "<img src=x onerror=x>"]
 
 
 class Reader(html.parser.HTMLParser):
