@@ -322,7 +322,7 @@ def test_two_models_side_by_side_and_one_is_stopped(page: Page) -> None:
     page.tab.wait_for_selector(".answer:not(.running)")
     page.tab.click("#stop")
     page.answered()
-    assert page.tab.locator(".answer h3").all_inner_texts() == ["seed", "endless"]
+    assert page.tab.locator(".answer > h2").all_inner_texts() == ["seed", "endless"]
     assert page.texts()[:2] == TEXTS and page.texts()[2]
     first, second = page.tab.locator(".stats").all_inner_texts()
     assert "stopped" not in first and "stopped" in second
