@@ -6,7 +6,6 @@
 The event loop reads and writes; prompts are rendered in threads of its pool, and the engine's thread computes.
 """
 
-import importlib.util
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -23,6 +22,7 @@ from serving.engine import Engine, Job, Served
 from serving.errors import ApiError, ErrorBody
 from serving.guard import Guard, Limits
 from serving.metrics import Metrics
+from serving.page import page_router
 from serving.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -68,10 +68,7 @@ def create_app(
     tell_errors(app)
     add_answers(app, desk, limits)
     add_facts(app, engine, metrics)
-    if importlib.util.find_spec("serving.page"):
-        from serving.page import page_router
-
-        app.include_router(page_router())
+    app.include_router(page_router())
     return app
 
 

@@ -7,6 +7,9 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
+BACKLOG = 128  # connections that the system keeps until they are taken
+MAX_CONNECTIONS = 512  # further ones are told 503; a process may have about 1,000 files open
+
 
 def listen(app: FastAPI, host: str, port: int, stop_seconds: float) -> None:
     """Answer until SIGTERM or SIGINT. Nothing new is taken then, and what runs has so many seconds to end.
@@ -20,11 +23,12 @@ def listen(app: FastAPI, host: str, port: int, stop_seconds: float) -> None:
             listener.bind((host, port))
         except OSError as error:
             raise OSError(f"cannot listen at {host} port {port}: {error.strerror}; give another --port") from None
+        listener.listen(BACKLOG)  # who connects from here on is heard
         shown = f"[{host}]" if ":" in host else host
         print(f"listening at http://{shown}:{listener.getsockname()[1]}/", flush=True)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(stop_seconds)),
-            server_header=False,
+            server_header=False, limit_concurrency=MAX_CONNECTIONS,
         )  # fmt: skip
         # uvicorn stops by itself, and then sends itself the signal again, which is no news
         signal.signal(signal.SIGTERM, lambda *_: None)
