@@ -135,9 +135,11 @@ def modelscope(repo: str, revision: str | None) -> list[Remote]:
         page = at | {"Recursive": "True", "PageNumber": str(len(found) // PAGE + 1), "PageSize": str(PAGE)}
         answer = get_session().get(f"{base}/tree", params=page, timeout=30)
         answer.raise_for_status()
-        if not (more := answer.json()["Data"]["Files"]):
+        if not (data := answer.json().get("Data")):  # of a name that it does not know, for one
+            raise ValueError(f"{base}: found {answer.text[:200]}, expected the files of a data set")
+        if not data["Files"]:
             break
-        found += more
+        found += data["Files"]
     files = [each for each in found if each["Type"] != "tree"]
     urls = [f"{base}?{urlencode(at | {'FilePath': each['Path']})}" for each in files]
     return [Remote(f["Path"], f["Size"], f.get("Sha256") or "", url) for f, url in zip(files, urls, strict=True)]

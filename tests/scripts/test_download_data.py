@@ -54,6 +54,8 @@ class Handler(BaseHTTPRequestHandler):
             self.json({"Code": 200, "Data": {"Files": found}})
         elif url.path == "/api/v1/datasets/gongjy/minimind_dataset/repo" and query["Revision"] == "master":
             self.body(query["FilePath"])
+        elif url.path.startswith("/api/v1/"):
+            self.json({"Code": 10010205001, "Message": "record not found", "Data": None})
         else:
             self.send_error(404)
 
@@ -195,3 +197,5 @@ def test_small_files_are_checked_and_unknown_names_are_one_line(hub, tmp_path):
     assert status == 2 and "has no sft_512.jsonl; it has dpo.jsonl, rlaif.jsonl, more/large.jsonl, README.md" in err
     status, _, err = download(hub, tmp_path, "--repo", "no/body", "--file", "x")
     assert status == 2 and err.startswith("error: ") and "404" in err and err.count("\n") == 1
+    status, _, err = download(hub, tmp_path, "--repo", "no/body", "--file", "x", "--source", "modelscope")
+    assert status == 2 and "record not found" in err and err.count("\n") == 1
