@@ -147,7 +147,9 @@ def test_a_chat_is_answered_as_we_answer_it(opened, make_model, tokenizer):
     there = llama.create_chat_completion(CHAT, max_tokens=40, temperature=0.0, repeat_penalty=1.0)
     assert there["usage"]["prompt_tokens"] == len(prompt)
     shown = tokenizer.decode([i for i in answer.ids if i not in HIDDEN], skip_control=False)
-    assert there["choices"][0]["message"]["content"] == shown.replace("\ufffd", "")  # halves of characters it leaves out
+    assert there["choices"][0]["message"]["content"] == shown.replace(
+        "\ufffd", ""
+    )  # halves of characters it leaves out
 
 
 HIDDEN = {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12}  # control tokens that llama.cpp does not show
