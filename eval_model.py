@@ -6,6 +6,8 @@ python eval_model.py --model FOLDER --prompt "Who are you?"        one answer of
 python eval_model.py --adapter FOLDER                              an adapter on its base; several are merged in order
 python eval_model.py --score val.jsonl pairs.jsonl --json          loss, bits per byte, exact match, preferences
 python eval_model.py --model out/reward_512 --score pairs.jsonl    a reward model: accuracy by kind of pair, calibration
+python eval_model.py --benchmark mmlu.jsonl lambada.jsonl          accuracy beside chance; under torchrun ranks share it
+python eval_model.py --compare full_sft_512 dpo_512 --benchmark mmlu.jsonl     two models on the same items and prompts
 
 Answers go to stdout, everything else to stderr, so `echo "Hi" | python eval_model.py > answers.txt` holds answers \
 alone.
@@ -23,6 +25,7 @@ import os
 import re
 import sys
 import typing
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,9 +37,10 @@ if (
     typing.TYPE_CHECKING
 ):  # imported where they are used: torch takes seconds, and neither --help nor a wrong flag needs it
     from dataset import TextTokenizer
-    from evaluation import Result
+    from evaluation.benchmark import Run
     from model import GPT, GPTConfig
     from serving import Notice, Sampling, Session
+    from training.distributed import World
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")  # of a run that trained an adapter, or a whole model
 FOLDER_FLAGS = (*SHAPE_FLAGS, "max_seq_len")  # must agree with the folder's config.json where they are given
@@ -71,44 +75,31 @@ def speak_utf8(stream: typing.TextIO, errors: str | None = "replace") -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     with slow_imports():
-        from dataset import load_tokenizer
-        from model import load_config, load_pretrained
-        from model.adapter_folder import tokenizer_folder
         from model.generate import check_arguments
         from serving import Session
-        from training.distributed import World, pick_device, pick_dtype
+        from training import distributed
 
-    # 1. Which folder
-    adapters = [model_folder(name, arguments.out_dir) for name in arguments.adapter]
-    folder = adapters.pop(0) if adapters and not arguments.model else find_folder(arguments)
-    check_shape(arguments, load_config(folder), folder)
-
-    # 2. Model and tokenizer
-    device = pick_device(arguments.device, World())
-    # the CPU stays at full precision unless asked: its answers do not depend on the machine then
-    dtype = pick_dtype("float32" if (arguments.dtype, device.type) == ("auto", "cpu") else arguments.dtype, device)
-    model = load_pretrained(folder, device, dtype, adapters)
-    tokenizer = load_tokenizer(tokenizer_folder(folder, adapters))
-    stacked = [folder, *adapters]
-    say(
-        f"{' + '.join(map(str, stacked))}: {model.num_parameters() / 1e6:.1f} M parameters, "
-        f"context {model.config.max_seq_len}, on {device} in {str(dtype).removeprefix('torch.')}"
-    )
-
-    # 3. Score, answer once, or talk
-    if arguments.score:
-        reference = None
-        if arguments.reference:
-            if model.config.scores:
-                raise ValueError("--reference is what DPO started from, and a reward model has none; leave it out")
-            reference = load_pretrained(model_folder(arguments.reference, arguments.out_dir), device, dtype)
-        score(model, tokenizer, reference, arguments, folder)
+    # 1. Questions with known answers: processes under a launcher share them
+    if arguments.benchmark or arguments.compare:
+        world = distributed.World.from_environment()
+        (compare if arguments.compare else benchmark)(arguments, world)
+        distributed.stop()
         return
-    check_arguments(model, [[0]], **sampling(arguments))
-    raw = arguments.raw or stage_of(stacked[-1]) == "pretrain" or not tokenizer.has_chat_template
-    session = Session(model, tokenizer, sampling(arguments), arguments.seed, arguments.system, raw, notice=tell)
+
+    # 2. Which model
+    opened = open_model(arguments, distributed.World())
+    if arguments.score:
+        score(opened, arguments)
+        return
+
+    # 3. Answer once, or talk
+    check_arguments(opened.model, [[0]], **sampling(arguments))
+    session = Session(
+        opened.model, opened.tokenizer, sampling(arguments), arguments.seed, arguments.system, not opened.chats, tell
+    )
     if arguments.prompt is not None:
-        show(session, arguments.prompt)
+        for text in arguments.prompt:
+            show(session, text)
     elif sys.stdin.isatty():
         talk(session)
     else:
@@ -116,6 +107,45 @@ def run(arguments: argparse.Namespace) -> None:
         for line in sys.stdin:
             if line.strip():
                 show(session, line.rstrip("\r\n"))
+
+
+class Opened(typing.NamedTuple):
+    """A model as the flags mean it."""
+
+    model: GPT
+    tokenizer: TextTokenizer
+    chats: bool  # whether it is asked through its chat template, or continues texts
+    folder: Path  # of the last adapter, where there are some
+    name: str
+
+
+def open_model(arguments: argparse.Namespace, world: World, name: str | None = None) -> Opened:
+    """The model of this name, or else the one that the flags mean; says which it is."""
+    from dataset import load_tokenizer
+    from model import load_config, load_pretrained
+    from model.adapter_folder import tokenizer_folder
+    from training.distributed import pick_device, pick_dtype
+
+    adapters = [model_folder(each, arguments.out_dir) for each in arguments.adapter]
+    if name is not None:
+        folder = model_folder(name, arguments.out_dir)
+    else:
+        folder = adapters.pop(0) if adapters and not arguments.model else find_folder(arguments)
+    check_shape(arguments, load_config(folder), folder)
+    device = pick_device(arguments.device, world)
+    # the CPU stays at full precision unless asked: its answers do not depend on the machine then
+    dtype = pick_dtype("float32" if (arguments.dtype, device.type) == ("auto", "cpu") else arguments.dtype, device)
+    model = load_pretrained(folder, device, dtype, adapters)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, adapters))
+    stacked = [folder, *adapters]
+    called = " + ".join(map(str, stacked))
+    if world.rank == 0:
+        say(
+            f"{called}: {model.num_parameters() / 1e6:.1f} M parameters, "
+            f"context {model.config.max_seq_len}, on {device} in {str(dtype).removeprefix('torch.')}"
+        )
+    text_alone = arguments.raw or (stage_of(stacked[-1]) == "pretrain" and not arguments.chat)
+    return Opened(model, tokenizer, tokenizer.has_chat_template and not text_alone, stacked[-1], called)
 
 
 # Flags ----------------------------------------------------------------------------------------------------------
@@ -139,11 +169,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     which.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     which.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[auto]")
     talking = parser.add_argument_group("talking")
-    talking.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    talking.add_argument("--prompt", nargs="+", metavar="TEXT", help="answer this and leave; of several, one by one")
     talking.add_argument("--system", metavar="TEXT", help="system prompt")
     talking.add_argument(
         "--raw", action="store_true", help="continue the text instead of chatting (pretrained models do)"
     )
+    talking.add_argument("--chat", action="store_true", help="ask a pretrained model through the chat template")
     talking.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, tokens [256]")
     talking.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token [0.7]")
     talking.add_argument("--top_k", type=int, default=0, help="of the k likeliest tokens, 0: of all [0]")
@@ -155,17 +186,43 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     scoring.add_argument("--reference", metavar="FOLDER", help="for preference rows: the model that DPO started from")
     scoring.add_argument("--batch_size", type=int, default=16, help="rows at a time [16]")
     scoring.add_argument("--max_rows", type=int, default=0, help="only the first rows of a file, 0: all [0]")
-    scoring.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
+    scoring.add_argument("--json", action="store_true", help="JSON on stdout instead of tables")
+    judging = parser.add_argument_group("benchmarks (docs/evaluation.md)")
+    judging.add_argument("--benchmark", nargs="+", metavar="FILE.jsonl", help="accuracy on questions, beside chance")
+    judging.add_argument("--shots", type=int, default=0, help="examples before a question, of X.fewshot.jsonl [0]")
+    judging.add_argument("--subjects", action="store_true", help="a table of subjects too")
+    judging.add_argument("--compare", nargs=2, metavar=("A", "B"), help="models, or two files benchmark.json")
+    judging.add_argument("--out", metavar="DIR", help="where benchmark.json and benchmark.png go [the model's folder]")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(unknown_names(flags_among(unknown), list(vars(arguments)), "flag", "--", tuple(rules(Config))))
-    if arguments.score and arguments.prompt is not None:
-        raise ValueError("--score and --prompt are two different things to do; give one of them")
-    if not arguments.score and (arguments.json or arguments.reference):
-        raise ValueError("--json and --reference belong to --score FILE.jsonl")
-    if arguments.batch_size < 1 or arguments.max_rows < 0:
-        raise ValueError("--batch_size must be at least 1 and --max_rows at least 0")
+    check_flags(arguments)
     return arguments
+
+
+def check_flags(given: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together."""
+    judged, saved = given.benchmark or given.compare, saved_runs(given)
+    if given.score and (given.prompt is not None or judged):
+        raise ValueError("--score is one thing to do, --prompt, --benchmark and --compare are others; give one of them")
+    if given.benchmark and given.prompt is not None and not given.compare:
+        raise ValueError("--benchmark and --prompt are two different things to do; give one of them, or --compare A B")
+    if not given.score and (given.reference or (given.json and not judged)):
+        raise ValueError("--reference belongs to --score FILE.jsonl, --json to that, --benchmark and --compare")
+    if not judged and (given.shots or given.subjects or given.out):
+        raise ValueError("--shots, --subjects and --out belong to --benchmark FILE.jsonl and --compare A B")
+    if given.compare and (given.model or given.adapter):
+        raise ValueError("--compare A B names both models; leave --model and --adapter out")
+    if saved and (given.benchmark or given.prompt):
+        raise ValueError(f"--compare {given.compare[0]} is a file of scores, which cannot be asked; give model folders")
+    if given.raw and given.chat:
+        raise ValueError("--raw and --chat say the opposite of each other; give one of them")
+    if given.batch_size < 1 or given.max_rows < 0 or given.shots < 0:
+        raise ValueError("--batch_size must be at least 1, and --max_rows and --shots at least 0")
+
+
+def saved_runs(given: argparse.Namespace) -> bool:
+    return bool(given.compare) and any(name.endswith(".json") for name in given.compare)
 
 
 def add_shapes(which: argparse._ArgumentGroup, checked: argparse._ArgumentGroup) -> None:
@@ -320,51 +377,89 @@ def command(session: Session, line: str) -> None:
 # Scoring --------------------------------------------------------------------------------------------------------
 
 
-def score(
-    model: GPT, tokenizer: TextTokenizer, reference: GPT | None, arguments: argparse.Namespace, folder: Path
-) -> None:
+def score(opened: Opened, arguments: argparse.Namespace) -> None:
     """Print what was measured on each file. Pictures go into the model's folder."""
-    from evaluation import score_file
+    from evaluation import score_file, tables
+    from model import load_pretrained
 
-    results = []
+    model, tokenizer, reference, results = opened.model, opened.tokenizer, None, []
+    if arguments.reference:
+        if model.config.scores:
+            raise ValueError("--reference is what DPO started from, and a reward model has none; leave it out")
+        weight = model.head_weight
+        reference = load_pretrained(model_folder(arguments.reference, arguments.out_dir), weight.device, weight.dtype)
     for path in arguments.score:
         result = score_file(
             model, tokenizer, path, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
-            max_rows=arguments.max_rows, reference=reference, plots=folder if model.config.scores else None,
+            max_rows=arguments.max_rows, reference=reference, plots=opened.folder if model.config.scores else None,
         )  # fmt: skip
         if arguments.json:
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+            put([], result, as_json=True)
         results.append(result)
     if not arguments.json:
-        print_table(results)
+        put([tables.of_files(results)], {}, as_json=False)
 
 
-def print_table(results: list[Result]) -> None:
-    """One column a file, one line a number."""
+def put(shown: Sequence[object], value: dict[str, object], as_json: bool) -> None:
+    """On stdout: tables and lines, or one JSON object."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("", *(Path(result["file"]).name for result in results))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    names = dict.fromkeys(name for result in results for name in result if name != "file")
-    for name in names:
-        table.add_row(name.replace("_", " "), *(shown(result.get(name)) for result in results))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False), flush=True)
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for each in shown:
+        console.print(each, markup=False, highlight=False, soft_wrap=isinstance(each, str))
 
 
-def shown(value: object) -> str:
-    if isinstance(value, dict) and value and all(isinstance(each, dict) for each in value.values()):
-        return "\n".join(
-            f"{kind}: {each['accuracy']:.1%} of {each['pairs']} "
-            f"({each['accuracy_low']:.1%} to {each['accuracy_high']:.1%})"
-            for kind, each in value.items()
-        )
-    if isinstance(value, dict):
-        return "\n".join(f"{count:,} {reason}" for reason, count in value.items()) or "0"
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "-")
+# Benchmarks -----------------------------------------------------------------------------------------------------
+
+
+def judged(opened: Opened, arguments: argparse.Namespace, world: World) -> Run:
+    """What the model gets right of --benchmark FILES; the same on every rank."""
+    from evaluation.benchmark import How, judge_files
+    from evaluation.likelihood import Ranks
+    from model.config import check_writes
+    from training import distributed
+
+    check_writes(opened.model.config, opened.name)
+    if world.launcher is not None:
+        distributed.start(world, opened.model.head_weight.device)
+    how = How(opened.chats, arguments.shots, arguments.batch_size, arguments.max_new_tokens, arguments.max_rows)
+    ranks = Ranks(world.rank, world.size, distributed.gather)
+    return judge_files(opened.model, opened.tokenizer, arguments.benchmark, how, name=opened.name, ranks=ranks)
+
+
+def benchmark(arguments: argparse.Namespace, world: World) -> None:
+    """Print scores, and leave them with every item in benchmark.json, and as a picture beside it."""
+    from evaluation import tables
+
+    opened = open_model(arguments, world)
+    run = judged(opened, arguments, world)
+    if world.rank == 0:
+        left = run.leave(Path(arguments.out or opened.folder))
+        put(tables.of_benchmark(run, arguments.subjects), run.summary(), arguments.json)
+        say(f"every item, and a picture: {', '.join(map(str, left))}")
+
+
+def compare(arguments: argparse.Namespace, world: World) -> None:
+    """Print two models' scores and answers side by side; --out DIR keeps them."""
+    from evaluation import tables
+    from evaluation.comparison import Comparison, prompts_for, read_run
+
+    if saved_runs(arguments):
+        found = Comparison.of_runs(*map(read_run, arguments.compare))
+    else:
+        both = [open_model(arguments, world, name) for name in arguments.compare]
+        runs = [judged(each, arguments, world) for each in both] if arguments.benchmark else []
+        if world.rank:
+            return
+        found = Comparison.of_runs(*runs) if runs else Comparison(list(arguments.compare))
+        prompts = arguments.prompt or prompts_for(all(each.chats for each in both))
+        found.ask([each[:3] for each in both], prompts, arguments.max_new_tokens)
+    if arguments.out:
+        say(f"every item and answer: {', '.join(map(str, found.leave(Path(arguments.out))))}")
+    put(tables.of_comparison(found), found.summary(), arguments.json)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,9 @@ class Config:
     val_fraction: float = flag(
         0.01, "share of documents held out by their hash (0: none)", "files", at_least=0, below=1
     )
+    eval_benchmark: list[str] = flag(
+        [], "files of questions with known answers (docs/evaluation.md), asked while training", "files", by_node=True
+    )
     on_bad_row: Literal["stop", "skip"] = flag(
         "stop", "what to do about a row that cannot be used; skipped ones are counted and listed", "files"
     )
@@ -260,6 +263,10 @@ class Config:
         "reporting",
         at_least=0,
     )
+    benchmark_interval: int = flag(
+        0, "steps between benchmarks, where --eval_benchmark names some (0: only at the end)", "reporting", at_least=0
+    )
+    benchmark_rows: int = flag(256, "questions of every file, the first ones (0: all)", "reporting", at_least=0)
     save_interval: int = flag(500, "steps between checkpoints (0: only at the end)", "reporting", at_least=0)
     keep_last: int = flag(2, "checkpoints kept", "reporting", at_least=1)
     keep_best: str | None = flag(
@@ -316,9 +323,11 @@ class Config:
 
     def check_scores(self) -> None:
         """Raise ValueError for flags of a model that writes, where it is to score."""
-        for name in ("sample_interval", "eval_answers"):
-            if self.scores and getattr(self, name) > 0:
+        for name in ("sample_interval", "eval_answers", "eval_benchmark"):
+            if self.scores and getattr(self, name):
                 raise ValueError(f"--{name} is {getattr(self, name)}, and a reward model writes nothing; leave it out")
+        if self.benchmark_interval and not self.eval_benchmark:
+            raise ValueError(f"--benchmark_interval {self.benchmark_interval} needs files: give --eval_benchmark FILES")
 
     def check_keep_best(self) -> None:
         """Raise ValueError for flags that leave nothing to tell the best model by."""

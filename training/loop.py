@@ -31,6 +31,7 @@ from dataset.forms import start_document
 from model import GPT, generate
 from training import checkpoint, distributed
 from training.answers import Answers
+from training.benchmarks import Benchmarks
 from training.best import Best, check_keep_best
 from training.config import save_config
 from training.engines.contract import Engine, Totals
@@ -161,6 +162,7 @@ class Run:
         self.best = Best(self.engine, self.config, self.tokenizer, self.progress, self.say)
         prompts = self.held_out.prompts(self.config.eval_answers) if self.held_out else []
         self.answers = Answers(self.engine, self.tokenizer, prompts, self.progress, self.say)
+        self.benchmarks = Benchmarks(self.engine, self.config, self.tokenizer, self.say)
         self.bad_updates = 0
         self.pending: Pending | None = None
         self.transfer = Transfer(self.engine.device)
@@ -324,13 +326,17 @@ class Run:
         config, progress = self.config, self.progress
         last = progress.step == self.total_steps
         evaluate = not stopped and (last or due(progress.step, config.eval_interval))
-        if last or stopped or (evaluate and self.held_out) or due(progress.step, config.log_interval):
+        benchmark = not stopped and self.benchmarks.due(progress.step, last)
+        logged = last or stopped or benchmark or due(progress.step, config.log_interval)
+        if logged or (evaluate and self.held_out):
             learnt = self.pending
             assert learnt is not None
             self.settle()
             record = self.record(learnt)
             if evaluate and self.held_out:
                 record |= held_out_metrics(self.engine, self.objective, self.held_out) | self.answers.look()
+            if benchmark:
+                record |= self.benchmarks.look(progress.step)
             self.metrics.log(record)
             for warning in self.objective.warnings(record):
                 self.say(f"warning: {warning}")
