@@ -188,7 +188,7 @@ function reload() {
 function draw() {
   const { turns, models } = state.current;
   const running = state.running.has(state.current.id);
-  document.title = title(state.current) || "Seedling";
+  document.title = $("title").textContent = title(state.current) || "Seedling";
   document.body.classList.toggle("two", models.length > 1);
   $("empty").hidden = turns.length > 0;
   $("about").replaceChildren(...models.map(aboutModel));

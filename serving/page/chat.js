@@ -52,8 +52,9 @@ export async function answerTurn(conversation, number, column, { context, signal
 /** Whether the context had room. Where not even the last message has, the server's refusal is thrown. */
 async function attempt(conversation, number, column, { context, signal, changed }) {
   const answer = conversation.turns[number].answers[column];
-  const { system, seed, ...sampling } = conversation.settings;
-  const messages = messagesOf(conversation, number, column, answer.leftOut);
+  const { system, seed, alone, ...sampling } = conversation.settings;
+  const start = alone ? number : answer.leftOut;
+  const messages = messagesOf(conversation, number, column, start);
   const request = { model: answer.model, messages, ...sampling, ...(seed !== null && { seed }) };
   const clock = { start: performance.now(), first: null };
   try {
@@ -62,12 +63,12 @@ async function attempt(conversation, number, column, { context, signal, changed 
       changed();
     }
   } catch (error) {
-    if (error.code === "context_length_exceeded" && answer.leftOut < number) return false;
+    if (error.code === "context_length_exceeded" && start < number) return false;
     throw error;
   }
   if (answer.state === "running") answer.state = "done";
   const room = Math.min(sampling.max_tokens, context / 4); // that an answer should have
-  return answer.state !== "cut" || answer.tokens >= room || answer.leftOut === number;
+  return answer.state !== "cut" || answer.tokens >= room || start === number;
 }
 
 /** Put a chunk into the answer. Until the server counts its tokens at the end, a chunk is taken for one. */

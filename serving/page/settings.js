@@ -15,7 +15,7 @@ export function wireSettings(current, save) {
   const fields = dialog.querySelectorAll("[name]");
   $("settings-open").onclick = () => {
     for (const field of fields) {
-      field.value = current().settings[field.name] ?? "";
+      field[field.type === "checkbox" ? "checked" : "value"] = current().settings[field.name] ?? "";
       showValue(field);
     }
     dialog.showModal();
@@ -24,12 +24,17 @@ export function wireSettings(current, save) {
     field.oninput = () => {
       showValue(field);
       if (!field.checkValidity()) return; // it is marked, and what was set before holds
-      const number = field.value === "" ? null : Number(field.value);
-      current().settings[field.name] = field.name === "system" ? field.value : number;
+      current().settings[field.name] = valueOf(field);
       setPreference("settings", current().settings);
       save();
     };
   }
+}
+
+function valueOf({ type, checked, value }) {
+  if (type === "checkbox") return checked;
+  if (type === "textarea") return value;
+  return value === "" ? null : Number(value);
 }
 
 function showValue(field) {

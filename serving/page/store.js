@@ -12,7 +12,8 @@
 const CONVERSATION = "seedling.conversation.";
 const PREFERENCE = "seedling.";
 
-export const DEFAULTS = { system: "", temperature: 0.7, top_p: 0.9, max_tokens: 256, seed: null };
+// `alone`: a message is sent without those before it
+export const DEFAULTS = { system: "", temperature: 0.7, top_p: 0.9, max_tokens: 256, seed: null, alone: false };
 
 export function newConversation(models) {
   const settings = { ...DEFAULTS, ...preference("settings", {}) };

@@ -128,7 +128,7 @@ export class AnswerView {
     this.stats = element("span", { className: "stats" });
     const buttons = [copyButton(say("copy"), () => answer.content), iconButton("again", say("again"), again, "again")];
     this.element = element("article", { className: "answer", ariaLabel: say("answerOf", answer.model) },
-      named ? element("h3", {}, answer.model) : "", this.note, this.thinking, this.markdown.element, this.calls,
+      named ? element("h2", {}, answer.model) : "", this.note, this.thinking, this.markdown.element, this.calls,
       this.failure, element("footer", {}, this.stats, ...buttons));
     this.update();
   }

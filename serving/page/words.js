@@ -11,6 +11,7 @@ const large = (number) =>
 export const WORDS = {
   en: {
     again: "Answer again",
+    alone: "Each message on its own: those before it are not sent",
     answering: "Answering …",
     answerOf: (model) => `Answer of ${model}`,
     answered: (number) => `Answered, ${count(number, "token")}`,
@@ -87,6 +88,7 @@ export const WORDS = {
   },
   zh: {
     again: "重新回答",
+    alone: "每条消息单独发送，不带之前的对话",
     answering: "正在回答……",
     answerOf: (model) => `${model} 的回答`,
     answered: (number) => `已回答，${number} 个 token`,

@@ -1,10 +1,8 @@
-"""The page to chat, in a real browser (Chromium, driven by Playwright), talking to a real server process.
-
-SEEDLING_SCREENSHOTS=before=FOLDER,after=FOLDER writes README's pictures with those models instead.
-"""
+"""The page to chat, in a real browser (Chromium, driven by Playwright), talking to a real server process."""
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import signal
@@ -48,8 +46,8 @@ ATTRIBUTES = {
     "td": CLASS,
 }
 MARKS = """
-<script> </script> ![ [ ]( ) javascript: JaVaScRiPt: data:text/html, http://a.b/ &#106;avascript: ` ``` ```python ```" ~~ **
-_ # > - 1. | |- :-: \\ & < " ' ] text é 汉 \ud800 []: mailto: <//a.b> https:
+<script> </script> ![ [ ]( ) javascript: JaVaScRiPt: data:text/html, http://a.b/ &#106;avascript: ` ```
+```python ```" ~~ ** _ # > - 1. | |- :-: \\ & < " ' ] text é 汉 \ud800 []: mailto: <//a.b> https:
 """
 PIECES = [*MARKS.split(), " ", "\n", "\n\n", "\t", "\u00a0", "<img src=x onerror=x>"]
 
@@ -272,6 +270,11 @@ def test_a_conversation_says_what_the_api_says_and_is_kept(page: Page, server: S
     assert page.tab.locator(".conversation").all_inner_texts() == ["Who are you?", "Add 2 and 3"]
     page.tab.click("text=Add 2 and 3")
     assert page.texts() == ["Add 2 and 3", "5", "Add 1", "6"]
+    page.tab.click("#settings-open")
+    page.tab.check("[name=alone]")
+    page.tab.keyboard.press("Escape")
+    page.say(TEXTS[0])
+    assert page.request()["messages"] == [user(TEXTS[0])] and page.texts()[-2:] == TEXTS
 
 
 def test_a_tool_call_is_shown_and_sent_back(page: Page) -> None:
@@ -319,7 +322,7 @@ def test_two_models_side_by_side_and_one_is_stopped(page: Page) -> None:
     page.tab.wait_for_selector(".answer:not(.running)")
     page.tab.click("#stop")
     page.answered()
-    assert page.tab.locator(".answer h3").all_inner_texts() == ["seed", "endless"]
+    assert page.tab.locator(".answer > h2").all_inner_texts() == ["seed", "endless"]
     assert page.texts()[:2] == TEXTS and page.texts()[2]
     first, second = page.tab.locator(".stats").all_inner_texts()
     assert "stopped" not in first and "stopped" in second
@@ -634,3 +637,45 @@ def test_a_lost_server_loses_no_message(page: Page, server: Server) -> None:
     page.tab.click(".problem button")
     page.answered()
     assert page.texts() == TEXTS
+
+
+# README's pictures ----------------------------------------------------------------------------------------------
+
+QUESTIONS = ["Who are you?", "Tell me about the white elephant.", "Translate: five white elephants under the bridge"]
+CHINESE = ["你是谁？", "介绍一下白象。", "反过来说：弱的鹿很忙。"]
+
+
+@pytest.mark.skipif(
+    "SEEDLING_PICTURES" not in os.environ, reason="writes docs/images/chat_*.png where SEEDLING_PICTURES asks"
+)
+def test_pictures(browser: Any) -> None:
+    """SEEDLING_PICTURES="before=FOLDER after=FOLDER" makes those of docs/images, with models of the quickstart."""
+    server = Server(os.environ["SEEDLING_PICTURES"].split(), free_port(), key=None)
+    server.start()
+    names = [model.split("=")[0] for model in server.models]
+
+    def picture(name: str, *conversations: list[str], two: bool = False, **options: Any) -> None:
+        page = Page(browser, server.url, key=None, **options).ready()
+        page.tab.evaluate("localStorage['seedling.settings'] = '{\"temperature\": 0, \"alone\": true}'")
+        page.tab.evaluate(
+            "models => (localStorage['seedling.models'] = models)", json.dumps(names if two else names[-1:])
+        )
+        for texts in conversations:
+            page.tab.goto("/?")
+            page.ready()
+            for text in texts:
+                page.say(text)
+        page.tab.mouse.move(0, 0)
+        page.tab.screenshot(path=ROOT / "docs/images" / name)
+        page.close()
+
+    phone = {
+        "viewport": {"width": 390, "height": 760},
+        "is_mobile": True,
+        "has_touch": True,
+        "device_scale_factor": 1.5,
+    }
+    picture("chat_desktop.png", CHINESE[2:], QUESTIONS, viewport={"width": 1200, "height": 720})
+    picture("chat_side_by_side.png", [QUESTIONS[1], CHINESE[1]], two=True, viewport={"width": 1200, "height": 660})
+    picture("chat_phone.png", CHINESE, color_scheme="dark", locale="zh-CN", **phone)
+    server.stop()
