@@ -7,13 +7,13 @@ import pytest
 
 from dataset import DEFAULT_TOKENIZER, load_tokenizer
 from model import GPT, GPTConfig
-from serving.engine import Batch, Engine, Job, Sampling, Served
+from serving.engine import Batch, Engine, Job, SamplingParams, Served
 from serving.errors import ApiError
 from serving.metrics import Metrics
 from serving.reader import TextReader
 
 TOKENIZER = load_tokenizer(DEFAULT_TOKENIZER)
-GREEDY = Sampling(0.0)
+GREEDY = SamplingParams(0.0)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def batch(engine) -> Batch:
     return engine.batches["a"]
 
 
-def job(prompt: list[int], tokens: int = 5, sampling: Sampling = GREEDY, **more: Any) -> Job:
+def job(prompt: list[int], tokens: int = 5, sampling: SamplingParams = GREEDY, **more: Any) -> Job:
     draws = {"uniforms": [0.5] * tokens, "deadline": time.monotonic() + 60} | more
     return Job(prompt, tokens, sampling, reader=TextReader(TOKENIZER), **draws)
 
@@ -92,7 +92,12 @@ def test_an_error_ends_the_answers_that_ran_and_not_the_server(engine, batch):
 
 def test_everyone_is_drawn_for_as_he_asked(engine, batch):
     """Rows of other settings in the same step change nothing."""
-    settings = [Sampling(0.0), Sampling(0.8, 0.5), Sampling(1.3, top_k=3), Sampling(0.0, repetition_penalty=5.0)]
+    settings = [
+        SamplingParams(0.0),
+        SamplingParams(0.8, 0.5),
+        SamplingParams(1.3, top_k=3),
+        SamplingParams(0.0, repetition_penalty=5.0),
+    ]
 
     def answers(together: int) -> list[list[int]]:
         found: dict[Job, list[int]] = {}
