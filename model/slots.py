@@ -90,6 +90,16 @@ class Slots:
         self.left[one], self.left[other] = self.left[other], self.left[one]
 
 
+def cache_bytes(model: GPT, slots: int, context: int) -> int:
+    """What the cache of so many slots takes."""
+    config, size = model.config, model.head_weight.dtype.itemsize
+    assert config.head_dim is not None
+    if model.head_weight.device.type == "cpu":
+        size = max(size, 4)  # as model/decode.py keeps it
+    tokens = slots * (context + model.model.prefix_length)
+    return 2 * config.n_layers * tokens * config.n_kv_heads * config.head_dim * size
+
+
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -107,7 +107,7 @@ async def client(url: str, model: str, answers: int, arguments: argparse.Namespa
     reader, writer = await asyncio.open_connection(host, int(port))
     for _ in range(answers):
         asked = {
-            "model": model, "stream": True, "max_tokens": arguments.new_tokens, "temperature": 0.7, "top_p": 0.9,
+            "model": model, "stream": True, "max_tokens": arguments.new_tokens,
             "prompt": [rng.randrange(300, 6000) for _ in range(arguments.prompt_tokens)],
         }  # fmt: skip
         body = json.dumps(asked).encode()

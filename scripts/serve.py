@@ -7,22 +7,29 @@ SEEDLING_API_KEY=KEY python scripts/serve.py --model full_sft_512 --host 0.0.0.0
 docs/serving.md says what is answered and what is limited. Ctrl-C stops it, and lets what runs come to its end.
 """
 
+from __future__ import annotations
+
 import argparse
 import ipaddress
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from training.command import slow_imports
+from training.config import Parser, model_folder, stage_of
+from training.names import flags_among, unknown_names
+
+if TYPE_CHECKING:  # imported where they are used: torch takes seconds, and neither --help nor a wrong flag needs it
+    from model import GPT
+    from serving.engine import Engine, Served
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Raises ValueError for flags that do not go together."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """Raises ValueError for flags that are unknown, out of range or do not go together."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="[NAME=]FOLDER", help="folders, or runs in out_dir by their names")
     add("--out_dir", default="out", help="where run folders live [out]")
@@ -38,7 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, help="that compute [all cores]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[auto; float32 on a CPU]")
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(unknown_names(flags_among(unknown), list(vars(arguments)), "flag", "--"))
     for name in ("slots", "context", "max_body_bytes", "max_seconds", "threads"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
@@ -57,12 +66,15 @@ def is_loopback(host: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 after a stop, or 2 with one line on stderr for what the user did wrong."""
+    """Exit status: 0 after a stop, 130 after Ctrl-C before it listens, or 2 with one line on stderr for what the user
+    did wrong."""
     try:
         run(parse(argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -81,18 +93,28 @@ def run(arguments: argparse.Namespace) -> None:
         max_waiting=arguments.max_waiting, limits=Limits(arguments.max_body_bytes, arguments.max_seconds),
         stop_seconds=arguments.stop_seconds,
     )  # fmt: skip
-    size = app.state.engine.cache_bytes
-    print(f"{', '.join(served.name for served in models)}: {arguments.slots} slots, cache {size:,} bytes", flush=True)
+    tell(app.state.engine)
     listen(app, arguments.host, arguments.port, arguments.stop_seconds)
 
 
-def load(arguments: argparse.Namespace) -> list:
+def tell(engine: Engine) -> None:
+    """What is served, and the memory that is taken for it."""
+    for name, batch in engine.batches.items():
+        parameters, slots = batch.served.model.num_parameters() / 1e6, batch.slots
+        print(
+            f"{name}: {parameters:.1f} M parameters; {len(slots.held)} slots of {batch.context} tokens, "
+            f"a cache of {slots.cache_bytes:,} bytes",
+            flush=True,
+        )
+
+
+def load(arguments: argparse.Namespace) -> list[Served]:
     """Raises ValueError for a folder that cannot be served, and for two of one name."""
     from dataset import load_tokenizer
     from model import load_pretrained
+    from model.adapter_folder import tokenizer_folder
     from model.config import check_writes
     from serving.engine import Served
-    from training.config import model_folder, stage_of
     from training.distributed import World, pick_device, pick_dtype
 
     device = pick_device(arguments.device, World())
@@ -104,11 +126,27 @@ def load(arguments: argparse.Namespace) -> list:
         name = name or folder.resolve().name
         if name in found:
             raise ValueError(f"--model has two of the name {name}; give one another name: OTHER={given}")
-        model, tokenizer = load_pretrained(folder, device, dtype), load_tokenizer(folder)
+        model, tokenizer = load_pretrained(folder, device, dtype), load_tokenizer(tokenizer_folder(folder))
         check_writes(model.config, str(folder))
+        check_memory(model, arguments)
         chat = stage_of(folder) != "pretrain" and tokenizer.has_chat_template
         found[name] = Served(name, model.eval(), tokenizer, chat)
     return list(found.values())
+
+
+def check_memory(model: GPT, arguments: argparse.Namespace) -> None:
+    """Raise ValueError where this machine's memory has no room for the cache; a card says so by itself."""
+    from model.slots import cache_bytes
+
+    if model.head_weight.device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    needed = cache_bytes(model, arguments.slots, min(arguments.context or sys.maxsize, model.config.max_seq_len))
+    there = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"{arguments.slots} slots of this model's context need {needed:,} bytes, and {there:,} are free: give "
+            "--context, or fewer --slots"
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import cast
 from dataset import Message, TextTokenizer, render_chat
 from dataset.forms import start_document
 from model.generate import uniforms
-from serving.engine import Job, Sampling, Served
+from serving.engine import Job, SamplingParams, Served
 from serving.errors import ApiError
 from serving.protocol import ChatMessage, ChatRequest, CompletionRequest, Request
 from serving.reader import ChatReader, TextReader
@@ -81,13 +81,15 @@ def jobs(
     ]  # fmt: skip
 
 
-def sampling_of(request: Request) -> Sampling:
+def sampling_of(request: Request) -> SamplingParams:
     """OpenAI's defaults for what was not given. With temperature 0 the rest has no effect."""
     penalty = request.repetition_penalty or 1.0
     if request.temperature == 0:
-        return Sampling(0.0, repetition_penalty=penalty)
+        return SamplingParams(0.0, repetition_penalty=penalty)
     top_p = 1.0 if request.top_p is None else max(request.top_p, 1e-6)  # 0: the likeliest token alone
-    return Sampling(1.0 if request.temperature is None else request.temperature, top_p, request.top_k or 0, penalty)
+    return SamplingParams(
+        1.0 if request.temperature is None else request.temperature, top_p, request.top_k or 0, penalty
+    )
 
 
 def stop_strings(stop: str | list[str] | None) -> list[str]:

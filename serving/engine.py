@@ -31,7 +31,7 @@ from serving.metrics import Metrics
 from serving.reader import Call, Delta, TextReader
 
 
-class Sampling(NamedTuple):
+class SamplingParams(NamedTuple):
     """How tokens are chosen; `model.stream` says what each means."""
 
     temperature: float = 1.0
@@ -66,7 +66,7 @@ class Job:
 
     prompt: list[int]
     max_new_tokens: int
-    sampling: Sampling
+    sampling: SamplingParams
     uniforms: list[float]  # in [0, 1), what each token is drawn by
     reader: TextReader
     deadline: float  # time.monotonic()
@@ -134,7 +134,7 @@ class Batch:
     def choose(self, logits: Tensor, jobs: Sequence[Job]) -> tuple[list[int], list[TokenLogprob | None]]:
         """A token a row, (rows, vocabulary) of the network: those that are drawn alike are drawn together."""
         logits = logits.float()
-        tokens, alike = [0] * len(jobs), dict[Sampling, list[int]]()
+        tokens, alike = [0] * len(jobs), dict[SamplingParams, list[int]]()
         for row, job in enumerate(jobs):
             alike.setdefault(job.sampling, []).append(row)
         for sampling, rows in alike.items():

@@ -5,9 +5,12 @@ whole, so that no more of it than is allowed is ever in memory.
 """
 
 import asyncio
+import contextlib
 import hmac
+import ipaddress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,16 +52,17 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, counted)
         except TimeoutError:
-            if not status:
+            if status == 0:
                 late = ApiError(408, "the request took longer than the server allows", code="timeout")
                 await late.response()(scope, receive, counted)
-            else:  # what was begun cannot be ended properly, and must not look as if it were
-                raise
+            # what was begun is left without its end: the connection is closed, and does not look as if all had come
         finally:
             self.metrics.requests.labels(known(scope), str(status or 499)).inc()
 
     def check_key(self, scope: Scope) -> None:
         path = scope["path"]
+        if self.api_key is None:
+            check_host(Headers(scope=scope).get("host", ""))
         if self.api_key is None or path in OPEN or path.startswith("/page/"):
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -89,6 +93,19 @@ class Guard:
 
     def too_large(self, found: str) -> ApiError:
         return ApiError(413, f"the body has {found}, and may have {self.limits.body_bytes}", code="request_too_large")
+
+
+def check_host(host: str) -> None:
+    """Without a key a server is there for its own machine. A name made to lead to it would let any page that a browser
+    has open speak to it (DNS rebinding); such a name is what stands in the header."""
+    local = False
+    with contextlib.suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
+        local = name == "localhost" or ipaddress.ip_address(name).is_loopback
+    if not local:
+        raise ApiError(
+            403, f"found the host {host[:80]!r}, expected localhost; to be reached by a name, give --api_key"
+        )
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

@@ -1,6 +1,5 @@
 """The app and an address in, a listening server out, until a signal stops it."""
 
-import contextlib
 import signal
 import socket
 
@@ -30,7 +29,12 @@ def listen(app: FastAPI, host: str, port: int, stop_seconds: float) -> None:
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(stop_seconds)),
             server_header=False, limit_concurrency=MAX_CONNECTIONS,
         )  # fmt: skip
-        # uvicorn stops by itself, and then sends itself the signal again, which is no news
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+        server = uvicorn.Server(config)
+
+        def stop(*_: object) -> None:
+            server.should_exit = True
+
+        # before uvicorn has handlers of its own, and when it has stopped and sends itself the signal again
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, stop)
+        server.run(sockets=[listener])

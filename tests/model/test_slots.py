@@ -7,7 +7,7 @@ import torch
 
 from model.decode import WINDOW, CachedGPT
 from model.generate import generate
-from model.slots import Slots, common_length
+from model.slots import Slots, cache_bytes, common_length
 from tests.model.test_adapters import prefixed
 from tests.model.test_decode import whole
 
@@ -102,7 +102,9 @@ def test_prompts_that_begin_alike_share_it_and_spare_the_others_what_is_theirs(m
 
 
 def test_what_was_left_longest_ago_is_written_over(make_model):
-    cache = Slots(make_model(), 3, 64)
+    model = make_model()
+    cache = Slots(model, 3, 64)
+    assert cache.cache_bytes == cache_bytes(model, 3, 64)
     prompts = [[number] * 20 for number in (1, 2, 3)]
     for prompt in prompts:
         cache.join(prompt)

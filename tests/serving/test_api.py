@@ -7,11 +7,23 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
+import hypothesis
 import openai
 import pytest
+import schemathesis
 import torch
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
 
 from dataset import load_tokenizer, render_chat
 from model import generate, load_pretrained
@@ -319,10 +331,10 @@ for chunk in client.completions.create(model="talker", prompt="So", max_tokens=2
 def test_who_asks_and_does_not_wait_gives_the_slot_back_too(calm):
     """Neither a whole answer that nobody waits for, nor half a request, holds anything."""
     body = json.dumps({"model": "talker", "prompt": "So", "max_tokens": 2000}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for sent in (body, body[:20]):
         with socket.create_connection(calm.address) as connection:
-            connection.sendall(head % len(body) + sent)
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + sent)
             if sent == body:
                 while not calm.metric("seedling_active_slots", model="talker"):
                     pass
@@ -338,3 +350,28 @@ def test_metrics_count(server, client):
     assert found == tokens + answer.usage.completion_tokens
     assert server.metric("seedling_time_to_first_token_seconds_count") > 0
     assert server.metric("seedling_step_seconds_count") > 0
+
+
+# The schema -------------------------------------------------------------------------------------------------------
+
+GET, POST = ["/v1/models", "/v1/models/{name}", "/health"], ["/v1/chat/completions", "/v1/completions"]
+ASKED = [*product(POST, GenerationMode), *product(GET, [GenerationMode.POSITIVE])]
+CHECKS = [
+    not_a_server_error, content_type_conformance, negative_data_rejection, response_schema_conformance,
+    status_code_conformance, unsupported_method,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "mode"), ASKED, ids=str)
+def test_the_schema_is_true(calm, path, mode):
+    """What it allows is answered in the form it says, and what it forbids is refused."""
+    operation = schemathesis.openapi.from_url(f"{calm.url}openapi.json")[path]["POST" if path in POST else "GET"]
+
+    @hypothesis.settings(max_examples=12, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(operation.as_strategy(generation_mode=mode))
+    def every(case: Any) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            case.body["model"] = "memorised"  # of a name made up, no more is ever told than that there is none
+        case.call_and_validate(checks=CHECKS)
+
+    every()

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from dataset import load_tokenizer
 from model import load_pretrained
-from scripts.serve import parse
+from scripts.serve import main, parse
 from serving.app import create_app
 from serving.engine import Served
 from serving.guard import Limits
@@ -74,7 +74,7 @@ def test_who_finds_the_queue_full_is_told_to_come_back(client, server):
 def test_an_answer_that_takes_too_long_is_ended_and_told(tmp_path):
     folder = make_talker(tmp_path / "talker", max_seq_len=20_000)
     served = Served("talker", load_pretrained(folder), load_tokenizer(folder), chat=True)
-    with TestClient(create_app([served], slots=1, limits=Limits(seconds=0.3))) as client:
+    with TestClient(create_app([served], slots=1, limits=Limits(seconds=0.3)), "http://localhost") as client:
         late = client.post("v1/completions", json=LONG | {"stream": False, "max_tokens": 19_000})
         assert late.status_code == 503 and late.json()["error"]["code"] == "timeout"
         with client.stream("POST", "v1/completions", json=LONG | {"max_tokens": 19_000}) as running:
@@ -95,6 +95,14 @@ def test_a_stop_lets_what_runs_come_to_its_end(client, server):
     assert server.process.wait(20) == 0
 
 
+def test_a_server_without_a_key_answers_to_no_other_name(tmp_path):
+    folder = make_talker(tmp_path / "talker")
+    served = Served("talker", load_pretrained(folder), load_tokenizer(folder), chat=True)
+    with TestClient(create_app([served], slots=1), "http://localhost") as client:
+        for host, status in (("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("a.example:8000", 403), ("[", 403)):
+            assert client.get("v1/models", headers={"Host": host}).status_code == status
+
+
 def test_others_are_not_let_in_without_a_key():
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
         with pytest.raises(ValueError, match="give --api_key"):
@@ -102,6 +110,17 @@ def test_others_are_not_let_in_without_a_key():
         assert parse(["--model", "x", "--host", host, "--api_key", "k"]).host == host
     for host in ("127.0.0.1", "localhost", "::1"):
         assert parse(["--model", "x", "--host", host]).host == host
+
+
+def test_what_cannot_be_served_is_told_in_a_line(tmp_path, capsys):
+    assert main(["--model", "x", "--slot", "3"]) == 2
+    assert main(["--model", str(tmp_path / "nothing")]) == 2
+    folder = make_talker(tmp_path / "talker")
+    assert main(["--model", str(folder), f"other/={folder}", str(folder)]) == 2
+    assert main(["--model", str(folder), "--slots", str(10**9)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    expected = ["did you mean --slots?", "nothing: no such folder", "two of the name talker", "fewer --slots"]
+    assert len(told) == 4 and all(part in line for part, line in zip(expected, told, strict=True)), told
 
 
 @pytest.mark.parametrize("flags", [["--slots", "0"], ["--context", "-1"], ["--max_waiting", "-1"], ["--threads", "0"]])
