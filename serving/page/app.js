@@ -377,7 +377,7 @@ async function connect() {
     notice(state.models.length ? "" : say("noModels"));
   } catch (error) {
     if (error instanceof Refused && error.status === 401) return askKey().then(connect);
-    notice(error instanceof Refused ? say("refused", error.message) : say("serverLost"), connect);
+    notice(error instanceof Refused ? say("refused", error.message) : say("unreachable"), connect);
   }
   open(state.current);
 }

@@ -31,8 +31,8 @@ function assistant({ content, reasoning, calls }) {
 /** Never throws: how it went is the answer's state. Resolves to whether a key is needed. */
 export async function answerTurn(conversation, number, column, { context, signal, changed }) {
   const answer = conversation.turns[number].answers[column];
-  const before = conversation.turns[number - 1]?.answers;
-  answer.leftOut = (before?.[column] ?? before?.[0])?.leftOut ?? 0;
+  const before = conversation.settings.alone ? [] : (conversation.turns[number - 1]?.answers ?? []);
+  answer.leftOut = (before[column] ?? before[0])?.leftOut ?? 0;
   try {
     while (!(await attempt(conversation, number, column, { context, signal, changed }))) {
       Object.assign(answer, newAnswer(answer.model), { leftOut: answer.leftOut + 1 });
@@ -40,8 +40,8 @@ export async function answerTurn(conversation, number, column, { context, signal
   } catch (error) {
     if (signal.aborted) answer.state = "stopped";
     else if (error instanceof Lost) answer.state = "lost";
-    else if (error instanceof Refused) Object.assign(answer, { state: "refused", problem: error.message });
-    else throw error;
+    else Object.assign(answer, { state: "refused", problem: error.message });
+    if (answer.state === "refused" && !(error instanceof Refused)) console.error(error); // a mistake, here or there
     return error.status === 401;
   } finally {
     changed();

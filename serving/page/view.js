@@ -127,9 +127,10 @@ export class AnswerView {
     this.failure.role = "alert";
     this.stats = element("span", { className: "stats" });
     const buttons = [copyButton(say("copy"), () => answer.content), iconButton("again", say("again"), again, "again")];
+    this.footer = element("footer", {}, this.stats, ...buttons);
     this.element = element("article", { className: "answer", ariaLabel: say("answerOf", answer.model) },
       named ? element("h2", {}, answer.model) : "", this.note, this.thinking, this.markdown.element, this.calls,
-      this.failure, element("footer", {}, this.stats, ...buttons));
+      this.failure, this.footer);
     this.update();
   }
 
@@ -145,6 +146,7 @@ export class AnswerView {
     this.markdown.show(content, !running);
     this.calls.replaceChildren(...calls.map(callElement));
     this.failure.hidden = !["lost", "refused"].includes(state);
+    this.footer.hidden = !this.failure.hidden && !content;
     this.problem.textContent = this.failure.hidden ? "" : this.reason();
     this.stats.textContent = this.measures();
     this.stats.title = this.answer.model + (this.answer.first ? `, ${say("first", this.answer.first)}` : "");
@@ -159,7 +161,7 @@ export class AnswerView {
   /** "12 tokens · 84 tokens/s"; a speed is that of the tokens after the first, which also waits for the prompt. */
   measures() {
     const { state, tokens, seconds } = this.answer;
-    const rate = tokens > 1 && seconds > 0 ? say("speed", (tokens - 1) / seconds) : "";
+    const rate = tokens > 1 && seconds > 0.02 ? say("speed", (tokens - 1) / seconds) : "";
     const end = { stopped: say("stopped"), cut: say("cut") }[state] ?? "";
     return [tokens ? say("tokens", tokens) : "", rate, end].filter(Boolean).join(" · ");
   }

@@ -79,6 +79,7 @@ def test_whatever_a_model_writes_becomes_known_tags_and_safe_links(text: str) ->
 def test_markdown_is_rendered() -> None:
     assert to_html("**Hi** <b>x</b>") == "<p><strong>Hi</strong> &lt;b&gt;x&lt;/b&gt;</p>\n"
     assert to_html("[a](javascript:b)") == "<p>[a](javascript:b)</p>\n"
+    assert "<a" not in to_html("[a](/b) [c](//d.e) [f](data:image/png;base64,x) [g](ftp://h) [i](javascript&#58;j)")
     link = '<a href="http://c" target="_blank" rel="noopener noreferrer nofollow">cat</a>'
     assert to_html("![cat](http://c)") == f"<p>{link}</p>\n"
     assert '<th class="right">b</th>' in to_html("|a|b|\n|-|-:|\n|1|2|")
@@ -293,8 +294,12 @@ def test_stop_again_and_edit(page: Page) -> None:
     page.expected = ("status of 400",)  # the browser's own line, where a conversation does not fit in the context
     page.type("Go on")
     page.streams()
-    page.tab.keyboard.press("Escape")
+    page.tab.click(".edit")
+    page.tab.fill(".editor textarea", "half written")
+    page.tab.click("#stop")
     page.answered()
+    assert page.tab.input_value(".editor textarea") == "half written"
+    page.tab.click("text=Cancel")
     stopped = page.texts()[-1]
     assert stopped and "stopped" in page.tab.locator(".stats").inner_text()
 
@@ -320,7 +325,7 @@ def test_two_models_side_by_side_and_one_is_stopped(page: Page) -> None:
     page.settings(max_tokens=8000)
     page.type(TEXTS[0])
     page.tab.wait_for_selector(".answer:not(.running)")
-    page.tab.click("#stop")
+    page.tab.keyboard.press("Escape")
     page.answered()
     assert page.tab.locator(".answer > h2").all_inner_texts() == ["seed", "endless"]
     assert page.texts()[:2] == TEXTS and page.texts()[2]
