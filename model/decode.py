@@ -67,7 +67,7 @@ class CachedGPT:
         self.static = self.device.type == "cuda" if static is None else static
         onednn = onednn_fits(head)
         # one row of float32 gains too little from another layout to pay for the copies
-        packed = onednn and (rows > 1 or self.dtype != torch.float32)
+        self.packed = packed = onednn and (rows > 1 or self.dtype != torch.float32)
         self.linear: Callable[[Tensor, Tensor], Tensor] = (
             onednn_linear_alike if packed and rows > 1 else onednn_linear if onednn else F.linear
         )
@@ -111,11 +111,15 @@ class CachedGPT:
             first, width = len(self.lengths), max(map(len, texts))
             begin = [self.prefix + n for n in held or [0] * len(texts)]
             ends = [start + len(text) for start, text in zip(begin, texts, strict=True)]
-            ids = torch.tensor([token for text in texts for token in text], device=self.device)
             lengths, starts = torch.tensor([list(map(len, texts)), begin], device=self.device)
-            rows = torch.repeat_interleave(torch.arange(len(texts), device=self.device), lengths)
-            last = lengths.cumsum(0) - 1
-            places = torch.arange(len(ids), device=self.device) - (last + 1 - lengths)[rows]  # in its text
+            last, tokens = lengths.cumsum(0) - 1, sum(map(len, texts))
+            # the very last one may come several times: it says the same again, and few shapes are met
+            each = torch.arange(few_shapes(tokens) if self.packed else tokens, device=self.device).clamp_(
+                max=tokens - 1
+            )
+            ids = torch.tensor([token for text in texts for token in text], device=self.device)[each]
+            rows = torch.repeat_interleave(torch.arange(len(texts), device=self.device), lengths)[each]
+            places = each - (last + 1 - lengths)[rows]  # in its text
             positions = places + starts[rows]
             seen = None  # of the places before a text, and in it
             if any(begin):
@@ -253,6 +257,13 @@ def laid_out(weight: Tensor, rows: int) -> Tensor:
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear by oneDNN. These are the operators that torch.compile's CPU backend uses."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def few_shapes(rows: int) -> int:
+    """The next number of rows of which there are eight to a doubling. For every number of rows that a matrix is
+    multiplied with oneDNN makes a program, and keeps it: half a megabyte each."""
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
 
 
 def onednn_linear_alike(x: Tensor, weight: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import generate
-from model.decode import WINDOW, CachedGPT, onednn_fits
+from model.decode import WINDOW, CachedGPT, few_shapes, onednn_fits
 from tests.model.test_generate import greedy_without_cache
 
 PROMPTS = [[5, 9, 2, 40, 7, 11, 30], [3], [60, 1, 4]]
@@ -87,6 +87,11 @@ def test_a_full_row_does_not_disturb_the_others(make_model):
     for step in range(3):
         logits = decoder.step(NEXT[:2, step])
     torch.testing.assert_close(logits[1], whole(model, [4, *NEXT[1, :3].tolist()]), atol=2e-5, rtol=1e-5)
+
+
+def test_prompts_of_all_lengths_meet_few_shapes():
+    found = {rows: few_shapes(rows) for rows in range(1, 2049)}
+    assert all(rows <= size <= rows * 9 / 8 for rows, size in found.items()) and len(set(found.values())) == 72
 
 
 @pytest.mark.parametrize("rows", [1, 3])
