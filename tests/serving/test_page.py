@@ -12,20 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import DEFAULT_TOKENIZER, load_tokenizer
-from model import GPT, GPTConfig, save_pretrained
 from serving.page.markdown import to_html
 from tests.helpers import ROOT, environment, free_port
 from tests.memorised import CONVERSATIONS, assistant, make_memorised, user
+from tests.serving.served import make_talker
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEY = "a key"
@@ -91,21 +88,6 @@ def test_markdown_is_rendered() -> None:
 # The server and the browser -------------------------------------------------------------------------------------
 
 
-def make_endless(folder: Path) -> Path:
-    """A model that never stops by itself: its end tokens are the least likely of all."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
-    model = GPT(GPTConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=8192)).eval()
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 1.0
-        model.model.embed_tokens.weight[list(tokenizer.stop_ids), 0] = -100.0
-        model.model.norm.weight.fill_(0.0)
-        model.model.norm.weight[0] = 1.0
-    save_pretrained(model, folder)
-    tokenizer.save(folder)
-    return folder
-
-
 @dataclass
 class Server:
     """A real `scripts/serve.py`, which can be killed and started again at the same address."""
@@ -152,7 +134,7 @@ def server(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     base = tmp_path_factory.mktemp("page")
     attack = [user("Attack"), assistant(ATTACK)]
     seed = make_memorised(base / "seed", [*CONVERSATIONS, attack], max_seq_len=256)
-    server = Server([str(seed), str(make_endless(base / "endless"))], free_port())
+    server = Server([str(seed), str(make_talker(base / "endless", max_seq_len=8192))], free_port())
     server.start()
     yield server
     server.stop()
