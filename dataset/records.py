@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from dataset.forms import FORMS, Form, Value, kind, shorten
+from dataset.hub import SCHEME, local_path
 
 
 class DataError(ValueError):
@@ -60,7 +61,7 @@ class Row:
 
 
 def expand_paths(patterns: str | Path | Iterable[str | Path]) -> list[str]:
-    """Files and globs -> existing files; a glob's files sorted, no file twice.
+    """Files, globs and hf://datasets/USER/NAME/FILE -> existing files; a glob's files sorted, no file twice.
 
     Raises FileNotFoundError for an empty match.
     """
@@ -69,6 +70,8 @@ def expand_paths(patterns: str | Path | Iterable[str | Path]) -> list[str]:
         raise FileNotFoundError("no data file was given; give one with --data_path")
     paths: list[str] = []
     for pattern in map(str, patterns):
+        if pattern.startswith(SCHEME):
+            pattern = local_path(pattern)
         if Path(pattern).is_dir():
             raise FileNotFoundError(
                 f"{pattern} is a folder; give its files, for example --data_path '{pattern}/*.jsonl'"

@@ -25,6 +25,7 @@ from dataset.batch import IGNORE
 from dataset.columns import Report
 from dataset.encode import Rules, encode_row
 from dataset.forms import CONVERSATION, PAIR, SCORED, TEXT, Form
+from dataset.hub import local_path
 from dataset.loader import supervise
 from dataset.records import Row, form_of, read_rows
 from evaluation.calibration import by_kind, draw, told_apart
@@ -73,7 +74,8 @@ def score_file(
 
     Raises DataError for a bad row, and ValueError where no row is left.
     """
-    path, form = str(path), form_for(model, path)
+    path = local_path(str(path))
+    form = form_for(model, path)
     rules, report = Rules(form, model.config.max_seq_len), Report()
     read = islice(read_rows([path], form), max_rows or None)
     both = ((row, encode_row(row, tokenizer, rules, report)) for row in read)

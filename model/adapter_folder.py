@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.adapters import PEFT_TYPES, Adapter, Settings
+from model.adapters import PEFT_TYPES, SCORING, Adapter, Settings
 from model.config import GPTConfig
 from model.files import compare, open_file, write_json
 from model.gpt import GPT
@@ -66,6 +66,19 @@ def settings_of(folder: str | Path) -> Settings:
     return settings
 
 
+def scores(settings: Settings) -> bool:
+    """Whether an adapter makes a network that scores of its base."""
+    return settings.get("task_type") == SCORING
+
+
+def check_saved(settings: Settings) -> None:
+    """Raise ValueError for modules that were learnt whole, but for the head of a network that scores."""
+    found = settings.get("modules_to_save") or []
+    heads = ["score", "classifier"] if scores(settings) else []  # PEFT names both, for networks of any family
+    if not set(found) <= set(heads):
+        raise ValueError(f"found modules_to_save {found!r}, expected {heads[:1] or None!r}: no other can be opened")
+
+
 def base_folder(folder: str | Path) -> Path:
     """The model that an adapter stands on: where its config says, or beside it under the same name, as in a tree of
     runs that was moved. Raises FileNotFoundError where it is in neither place."""
@@ -90,7 +103,7 @@ def tokenizer_folder(folder: str | Path, adapters: Sequence[str | Path] = ()) ->
 
 
 def load_adapter(folder: str | Path, config: GPTConfig) -> tuple[Adapter, dict[str, Tensor]]:
-    """Settings and float32 parameters, by our names. `config` is the base's.
+    """Settings and float32 parameters, by our names. `config` is the base's, whichever head that has.
 
     Raises FileNotFoundError where a file is missing, and ValueError for what cannot be opened or does not fit the base.
     """
@@ -101,9 +114,11 @@ def load_adapter(folder: str | Path, config: GPTConfig) -> tuple[Adapter, dict[s
     names = file.keys()
     found = kind.unpacked({our_name(name, ours): file.get_tensor(name).float() for name in names}, config.n_layers)
     try:
-        adapter: Adapter = kind.from_peft(settings, found, config.n_layers)
+        check_saved(settings)
+        adapter = replace(kind.from_peft(settings, found, config.n_layers), scores=scores(settings))
+        adapted = replace(config, scores=adapter.scores)
         with torch.device("meta"):
-            learnt = [(name, p.shape) for name, p in GPT(config, adapter).named_parameters() if p.requires_grad]
+            learnt = [(name, p.shape) for name, p in GPT(adapted, adapter).named_parameters() if p.requires_grad]
     except KeyError as missing:
         raise ValueError(f"{folder / CONFIG}: the key {missing} is missing") from None
     except ValueError as error:

@@ -27,7 +27,9 @@ Settings = dict[str, Any]  # the contents of PEFT's adapter_config.json
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+SCORING = "SEQ_CLS"  # PEFT's word for networks that score
 VOCABULARY = ("model.embed_tokens", "lm_head")  # the modules with a row for every token
+SCORE = "score.weight"  # the head of a network that scores: new, so always learnt
 MATRICES = ("lora_A", "lora_B", "adapter_down", "adapter_up")  # names of parameters that multiply
 A, B, MAGNITUDE, ROWS = "lora_A", "lora_B", "lora_magnitude_vector", "trainable_tokens_delta"
 PEFT_ROWS = f"token_adapter.{ROWS}"
@@ -46,6 +48,7 @@ class Adapter(ABC):
     chats: ClassVar[bool] = True  # whether control tokens are learnt unasked where a chat begins
 
     tokens: tuple[int, ...] = ()  # those whose rows of embedding and head are learnt
+    scores: bool = False  # whether it makes a network that scores of its base; it then holds that one's head
     base: str = ""  # the model folder that it stands on
     base_hash: str = ""  # of that model's weights; not known of what PEFT has made
 
@@ -86,12 +89,15 @@ class Adapter(ABC):
         """What adapter_config.json says of every kind."""
         settings: Settings = {
             "peft_type": self.peft_type,
-            "task_type": "CAUSAL_LM",
+            "task_type": SCORING if self.scores else "CAUSAL_LM",
             "base_model_name_or_path": self.base,
             "inference_mode": True,
         }
+        if self.scores:
+            settings["modules_to_save"] = ["score"]
         if self.tokens:
-            settings["trainable_token_indices"] = {path.rpartition(".")[2]: list(self.tokens) for path in VOCABULARY}
+            paths = VOCABULARY[:1] if self.scores else VOCABULARY
+            settings["trainable_token_indices"] = {path.rpartition(".")[2]: list(self.tokens) for path in paths}
         return settings
 
     @abstractmethod
@@ -180,7 +186,7 @@ class LoRA(Adapter):
     def from_peft(cls, settings: Settings, names: Iterable[str], n_layers: int) -> "LoRA":
         """What is adapted is read off the names, where PEFT may have kept a pattern."""
         adapted = [name.rpartition(".")[0] for name in names if name.endswith(f".{B}")]
-        plain = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}}
+        plain = {"bias": "none", "fan_in_fan_out": False, "rank_pattern": {}}
         plain |= {"alpha_pattern": {}, "layer_replication": None, "target_parameters": None, "lora_bias": False}
         for key, expected in plain.items():
             if (settings.get(key) or expected) != expected:
@@ -446,7 +452,7 @@ def install(adapter: Adapter, network: nn.Module) -> None:
         if path in VOCABULARY:
             LearntRows.of(module, adapter.tokens)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name not in before)
+        parameter.requires_grad_(name not in before or name == SCORE)
 
 
 @contextmanager
@@ -465,6 +471,11 @@ def switched_off(network: N) -> Iterator[N]:
         decoder.prefix_length = length
         for module, kind in adapted.items():
             module.__class__ = kind
+
+
+def body(weights: Iterable[Named]) -> Iterator[Named]:
+    """All parameters but a head's, for another head to take its place."""
+    return ((name, weight) for name, weight in weights if name != SCORE and not name.startswith("lm_head."))
 
 
 def begun(weights: Iterable[Named], adapter: Adapter, seed: int) -> Iterator[Named]:
@@ -486,3 +497,5 @@ def merged(weights: Iterable[Named], adapter: Adapter, learnt: Mapping[str, Tens
         if rows is not None:
             weight = weight.index_copy(0, torch.tensor(adapter.tokens), rows)
         yield name, adapter.merge(name, weight, learnt)
+    if SCORE in learnt:
+        yield SCORE, learnt[SCORE]

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.adapter_folder import base_folder, is_adapter, load_adapter
-from model.adapters import Adapter, Named, merged
+from model.adapter_folder import base_folder, is_adapter, load_adapter, scores, settings_of
+from model.adapters import Adapter, Named, body, merged
 from model.config import GPTConfig
 from model.files import compare, open_file, write_json
 from model.gpt import GPT
@@ -36,32 +37,41 @@ def save_pretrained(
     bos_token_id: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str | None = None,
 ) -> None:
-    """Write config, weights (float32 as they are trained) and generation settings.
+    """Write config, weights (float32 as they are trained, or another `dtype`) and generation settings.
 
     Each file appears whole or not at all. `weights` are full tensors by parameter name, for a model that does not hold
-    them itself (a sharded one).
+    them itself (a sharded one). `max_shard_size` ("2GB") spreads them over several files, with an index.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     tokens = {key: value for key, value in tokens.items() if value is not None}
-    write_json(folder / "config.json", model.config.to_hf() | tokens)
+    named = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    write_json(folder / "config.json", model.config.to_hf() | named | tokens)
     sampling: dict[str, object] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
     if not model.config.scores:
         write_json(folder / "generation_config.json", sampling | tokens)
     weights = model.state_dict() if weights is None else weights
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    if max_shard_size is not None:
+        from huggingface_hub import save_torch_state_dict  # only for folders that are given away
+
+        save_torch_state_dict(weights, folder, max_shard_size=max_shard_size)
+        return
     part = folder / "model.safetensors.part"
     save_file(weights, part, metadata={"format": "pt"})
     os.replace(part, folder / "model.safetensors")
 
 
 def load_config(folder: str | Path) -> GPTConfig:
-    """Read config.json, an adapter's base's. Raises FileNotFoundError where there is none, ValueError where it is not
-    ours to open."""
+    """Read config.json, an adapter's base's, whose head gives way where the adapter scores. Raises FileNotFoundError
+    where there is none, ValueError where it is not ours to open."""
     if is_adapter(folder):
-        folder = base_folder(folder)
+        base = load_config(base_folder(folder))
+        return replace(base, scores=base.scores or scores(settings_of(folder)))
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no config.json here, so this is not a model folder")
@@ -88,12 +98,14 @@ def load_pretrained(
     """
     config = load_config(folder)
     stacked = [*([folder] if is_adapter(folder) else []), *adapters]
-    weights: Iterable[Named] = base_weights(folder, stacked[0], config) if stacked else folder_weights(folder, config)
+    weights: Iterable[Named] = base_weights(folder, stacked[0]) if stacked else folder_weights(folder)
     beside: Adapter | None = None
     for each in stacked:
         if beside is not None:
             raise ValueError(f"{each}: a {beside.kind} adapter does not merge, so none can come after it; give it last")
         adapter, learnt = load_adapter(each, config)
+        if adapter.scores:
+            config, weights = replace(config, scores=True), body(weights)
         if adapter.merges:
             weights = merged(weights, adapter, learnt)
         else:
@@ -115,13 +127,15 @@ def assemble(
     return model.eval()
 
 
-def folder_weights(folder: str | Path, config: GPTConfig) -> Iterator[Named]:
+def folder_weights(folder: str | Path) -> Iterator[Named]:
     """Name and full tensor of every parameter, read one at a time from model.safetensors, or from the shards that
     model.safetensors.index.json names; of an adapter, merged with its base's. Raises as `load_pretrained` does, before
     the first tensor is read."""
+    config = load_config(folder)
     if is_adapter(folder):
         adapter, learnt = load_adapter(folder, config)
-        yield from merged(base_weights(folder, folder, config), adapter, learnt)
+        base = base_weights(folder, folder)
+        yield from merged(body(base) if adapter.scores else base, adapter, learnt)
         return
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in GPT(config).named_parameters()}
@@ -133,14 +147,14 @@ def folder_weights(folder: str | Path, config: GPTConfig) -> Iterator[Named]:
             yield name, holder[name].get_tensor(name).float()
 
 
-def base_weights(folder: str | Path, adapter: str | Path, config: GPTConfig) -> Iterator[Named]:
+def base_weights(folder: str | Path, adapter: str | Path) -> Iterator[Named]:
     """Weights of a model folder, or of an adapter's base, for the adapter of the second folder to stand on.
 
     Raises ValueError, behind the last of them, where that was learnt on others.
     """
     base = base_folder(folder) if is_adapter(folder) else folder
-    expected, digest = load_adapter(adapter, config)[0].base_hash, xxhash.xxh3_128()
-    for name, weight in folder_weights(base, config):
+    expected, digest = load_adapter(adapter, load_config(base))[0].base_hash, xxhash.xxh3_128()
+    for name, weight in folder_weights(base):
         absorb(digest, name, weight)
         yield name, weight
     if expected and digest.hexdigest() != expected:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.adapters import MATRICES, Adapter, effective_weight, install
+from model.adapters import MATRICES, SCORE, Adapter, body, effective_weight, install
 from model.attention import Context, Layout, attend, prepare
 from model.config import GPTConfig
 
@@ -319,9 +319,9 @@ def fresh_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
 def with_score(weights: Iterable[tuple[str, Tensor]], config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Parameters of a network that writes -> of one that scores: first values of its one row, the same for one seed, in
     place of the vocabulary's head."""
-    yield from ((name, weight) for name, weight in weights if name != "lm_head.weight")
+    yield from body(weights)
     generator = torch.Generator().manual_seed(seed)
-    yield "score.weight", init_weight("score.weight", torch.empty(1, config.dim), Role.HEAD, config, generator)
+    yield SCORE, init_weight(SCORE, torch.empty(1, config.dim), Role.HEAD, config, generator)
 
 
 # What is made of hidden states, which is a loss: of (tokens, dim), the head's (vocabulary, dim) and (tokens,) targets.

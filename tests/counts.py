@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.helpers import ROOT, TINY, train_here, write_jsonl
 
-ROOMS = ("model", "dataset", "training", "evaluation", "serving", "scripts")
+ROOMS = ("model", "dataset", "training", "evaluation", "export", "serving", "scripts")
 INSIDE = tuple(f"{ROOT / room}/" for room in ROOMS)
 WAY = {"build_parts", "update", "forward_backward", "step"}  # functions that the way leads through
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}

@@ -15,14 +15,15 @@ from tests.helpers import ROOT
 
 STAGES = ("pretrain", "full_sft", "dpo", "distill", "reward", "grpo", "ppo")
 ENTRIES = {*(f"train_{stage}" for stage in STAGES), "eval_model"}
-OURS = {"model", "dataset", "evaluation", "serving", "training", "scripts", "tests"} | ENTRIES
+OURS = {"model", "dataset", "evaluation", "export", "serving", "training", "scripts", "tests"} | ENTRIES
 MAY_IMPORT = {
     "model": {"model"},
     "dataset": {"dataset"},
     "evaluation": {"evaluation", "model", "dataset"},
+    "export": {"export", "model", "dataset"},
     "serving": {"serving", "evaluation", "model", "dataset"},
     "training": {"training", "evaluation", "model", "dataset"},
-    "scripts": {"scripts", "training", "serving", "evaluation", "model", "dataset"},
+    "scripts": {"scripts", "training", "serving", "export", "evaluation", "model", "dataset"},
     "entry": {"training", "serving", "evaluation", "model", "dataset"},
 }
 SPREADING = ("torch.distributed", "deepspeed")  # how it is spread is done from outside

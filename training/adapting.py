@@ -7,18 +7,20 @@ A setting `rank` of the kind `lora` is the flag --lora_rank. Where a run starts 
 that adapter, on the same base.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dataset.tokenizer import TextTokenizer
 from model import GPT
 from model.adapter_folder import base_folder, is_adapter, load_adapter
-from model.adapters import ADAPTERS, ATTENTION, LINEAR, Adapter, Named, begun
+from model.adapters import ADAPTERS, ATTENTION, LINEAR, SCORE, Adapter, Named, begun, body
 from model.config import GPTConfig
 from model.folder import base_weights, folder_weights, weights_hash
+from model.gpt import with_score
 from training.config import Config, rules, stage_of
 from training.engines.contract import Weights
 
@@ -29,8 +31,6 @@ def adapter_of(asked: Config, init: str, tokenizer: TextTokenizer, shape: GPTCon
     """Raises ValueError where there is nothing to adapt, and for a flag that contradicts the adapter's folder."""
     if asked.adapter is None:
         return None
-    if asked.scores:
-        raise ValueError(f"--adapter {asked.adapter}: a reward model is learnt whole; leave it out")
     if init == "none":
         raise ValueError(
             f"--adapter {asked.adapter} leaves the model's own weights as they are, and random ones are worth nothing; "
@@ -38,8 +38,8 @@ def adapter_of(asked: Config, init: str, tokenizer: TextTokenizer, shape: GPTCon
         )
     adapter = found_adapter(asked, init, shape) if is_adapter(init) else new_adapter(asked, init, tokenizer)
     # what PEFT has made does not know its base
-    known = adapter.base_hash or weights_hash(partial(folder_weights, adapter.base, shape))
-    return replace(adapter, base_hash=known)
+    known = adapter.base_hash or weights_hash(partial(folder_weights, adapter.base))
+    return replace(adapter, base_hash=known, scores=asked.scores)
 
 
 def new_adapter(asked: Config, init: str, tokenizer: TextTokenizer) -> Adapter:
@@ -57,7 +57,8 @@ def found_adapter(asked: Config, init: str, shape: GPTConfig) -> Adapter:
     for name in flags:
         wanted, found = getattr(asked, name), flags[name]
         if not name.endswith("_dropout") and wanted is not None and wanted != found:
-            anew = ", or make a model of it to adapt anew: python scripts/convert.py merge" if adapter.merges else ""
+            merge = ", or make a model of it to adapt anew: python scripts/convert.py --to adapter_merged"
+            anew = merge if adapter.merges else ""
             raise ValueError(
                 f"--{name} {wanted} contradicts the adapter in {init}, which has {found}; leave the flag out to go on "
                 f"with that one{anew}"
@@ -94,13 +95,16 @@ def flags_of(adapter: Adapter | None) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if name in rules(Config)}
 
 
-def adapted_weights(adapter: Adapter, init: str, shape: GPTConfig, seed: int) -> Weights:
-    """Weights of the base, and the adapter's: those of its folder, or first ones."""
-    if not is_adapter(init):
-        return lambda: begun(folder_weights(init, shape), adapter, seed)
-    return partial(beside_base, init, shape)
+def adapted_weights(adapter: Adapter, init: str, shape: GPTConfig, found: Weights, seed: int) -> Weights:
+    """Weights of the base, and the adapter's: those of its folder, or first ones, beside what was found."""
+    return partial(beside_base, init, shape, seed) if is_adapter(init) else lambda: begun(found(), adapter, seed)
 
 
-def beside_base(init: str, shape: GPTConfig) -> Iterator[Named]:
-    yield from base_weights(init, init, shape)
-    yield from load_adapter(init, shape)[1].items()
+def beside_base(init: str, shape: GPTConfig, seed: int) -> Iterator[Named]:
+    """Of an adapter's folder, with a new head where one that wrote is to score."""
+    _, learnt = load_adapter(init, shape)
+    weights: Iterable[Named] = base_weights(init, init)
+    if SCORE in learnt:
+        weights = body(weights)
+    weights = chain(weights, learnt.items())
+    yield from with_score(weights, shape, seed) if shape.scores and SCORE not in learnt else weights

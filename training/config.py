@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
+from dataset.hub import local_path
 from training.names import flags_among, unknown_names
 
 SAMPLE = str(Path(__file__).parent.parent / "dataset" / "sample")
@@ -92,7 +93,12 @@ class Config:
     chats: ClassVar[bool] = True  # whether its model is asked, or has a text to go on with
     scores: ClassVar[bool] = False  # whether its model gives a score and writes nothing
 
-    data_path: list[str] = flag([], "training files or globs (.jsonl, .jsonl.gz, .jsonl.zst)", "files", by_node=True)
+    data_path: list[str] = flag(
+        [],
+        "training files or globs (.jsonl, .jsonl.gz, .jsonl.zst), or hf://datasets/USER/NAME/FILE",
+        "files",
+        by_node=True,
+    )
     val_path: list[str] = flag(
         [], "validation files; without them val_fraction of the documents is held out", "files", by_node=True
     )
@@ -110,7 +116,7 @@ class Config:
     run_name: str | None = flag(None, "name of this run's folder in out_dir; by default {stage}_{dim}", "files")
     init_from: str | None = flag(
         None,
-        "model folder to start from, or the name of a run in out_dir, or none for random weights",
+        "model folder to start from, or the name of a run in out_dir, or hf://USER/MODEL, or none for random weights",
         "files",
         by_node=True,
     )
@@ -516,8 +522,10 @@ def stage_of(folder: Path) -> str | None:
 
 
 def model_folder(name: str, out_dir: str) -> Path:
-    """A model folder by its path, or by the name of its run in out_dir. Raises FileNotFoundError where neither is."""
-    for folder in (Path(name), Path(out_dir) / name):
+    """A model folder by its path, by the name of its run in out_dir, or of a hub (hf://USER/MODEL). Raises
+    FileNotFoundError where none of them is."""
+    found = local_path(name)
+    for folder in (Path(found), Path(out_dir) / found):
         if folder.is_dir():
             return folder
     raise FileNotFoundError(

@@ -7,8 +7,9 @@
     jsd           beta sum p log(p / m) + (1 - beta) sum q log(q / m), m = beta p + (1 - beta) q
                                                 GKD: Agarwal et al. 2023, arXiv:2306.13649, equation 1
 
-All are taken at every token of the answers that are there. (MiniLLM and GKD also let the student write answers of its
-own and learn from the teacher on those, which nothing here does.)
+All are taken at every token of the answers that are there: the data's, or those that the student draws (--on_policy).
+With drawn ones this is GKD with its lambda at 1, as a mean over all tokens; GKD takes a mean over each answer first. No
+gradient goes through the drawing. MiniLLM's has one more term, of what a token leads to, which is not here.
 """
 
 import math

@@ -342,10 +342,11 @@ def draw(records: list[Record], path: Path, title: str) -> None:
     figure.savefig(path)
 
 
-def curve(records: list[Record], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one name, where it was measured and finite."""
-    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+def curve(records: list[Record], name: str, along: str = "step") -> tuple[list[float], list[float]]:
+    """Steps (or tokens, or seconds) and values of one name, where both were measured and finite."""
+    points = [(record.get(along), record.get(name)) for record in records]
+    whole = [(x, y) for x, y in points if x is not None and y is not None]
+    return [x for x, _ in whole], [y for _, y in whole]
 
 
 def smooth(values: list[float]) -> list[float]:

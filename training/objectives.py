@@ -355,7 +355,8 @@ class Distillation(Usual):
         return output.loss, {"loss": output.loss.detach(), "ce_loss": output.nll}
 
     def metrics(self, sums: dict[str, float], weight: float) -> dict[str, float]:
-        """Means over tokens, nats: `ce_loss` is what SFT calls its loss; `divergence` has no T^2 in it."""
+        """Means over tokens, nats: `ce_loss` is what SFT calls its loss, of drawn answers how unlikely they were to the
+        student itself; `divergence` has no T^2 in it."""
         metrics = {name: value / max(1.0, weight) for name, value in sums.items()}
         hard = self.distance.ce_weight * metrics["ce_loss"]
         return metrics | {"divergence": (metrics["loss"] - hard) / self.distance.share}
@@ -568,6 +569,7 @@ STAGES: dict[str, Stage] = {
             lambda config: Distillation(
                 config.distill_loss, config.jsd_beta, config.distill_temperature, config.ce_weight
             ),
+            lambda config: PROMPT if config.on_policy else CONVERSATION,
             alone=False,
         ),
         Stage(RewardConfig, SCORED, lambda config: BradleyTerry(config.center_weight), alone=False),

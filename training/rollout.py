@@ -40,7 +40,7 @@ from training.groups import Answer, Group, Sampling, add_turn, uniform
 from training.objectives import nll_at
 from training.policy import deviation, group_advantages, overlong_penalty
 from training.setup import Data, Start
-from training.stages import GRPOConfig, RolloutConfig
+from training.stages import DistillConfig, GRPOConfig, RolloutConfig
 from training.tool_turns import NO_TOOLS, Toolbox, count_calls, take_turns
 
 HELD_OUT = 2**32  # added to the seed that held-out answers are drawn by
@@ -249,8 +249,17 @@ def shown(group: Group, rewards: list[float]) -> tuple[str, str]:
 
 
 class Sources(NamedTuple):
-    train: Judged
-    val: Judged | None
+    train: Rollouts
+    val: Rollouts | None
+
+
+def plain_rollouts(data: Data, engine: Engine, start: Start[DistillConfig]) -> Sources:
+    """Answers that nobody judges: a teacher has its word on each of their tokens."""
+    how = sampling_of(start.config)
+    train = Rollouts(data.train, engine, start.tokenizer, how)
+    if data.val is None:
+        return Sources(train, None)
+    return Sources(train, Rollouts(data.val, engine, start.tokenizer, held_out(how)))
 
 
 def judged_rollouts(data: Data, engine: Engine, start: Start[Any]) -> Sources:
@@ -272,20 +281,21 @@ def rollouts_of(
     def made(loader: Loader, how: Sampling, judging: Judging, passes: int) -> Judged:
         return kind(loader, engine, start.tokenizer, how, judging, as_it_began, passes, box)
 
-    train = made(data.train, sampling_of(config), judging, config.inner_epochs)
+    how = sampling_of(config)
+    train = made(data.train, how, judging, config.inner_epochs)
     if data.val is None:
         return Sources(train, None)
-    held_out = Judging(judging.reward, judging.pass_reward)
-    return Sources(train, made(data.val, held_out_sampling(config), held_out, 1))
+    alone, larger = Judging(judging.reward, judging.pass_reward), how._replace(group_size=config.eval_group_size)
+    return Sources(train, made(data.val, held_out(larger), alone, 1))
 
 
-def sampling_of(config: RolloutConfig) -> Sampling:
+def sampling_of(config: RolloutConfig | DistillConfig) -> Sampling:
     return Sampling(config.group_size, config.max_new_tokens, config.temperature, config.seed)
 
 
-def held_out_sampling(config: RolloutConfig) -> Sampling:
+def held_out(how: Sampling) -> Sampling:
     """Not by the numbers of training, by which what was right then is drawn again more often than by others."""
-    return sampling_of(config)._replace(group_size=config.eval_group_size, seed=config.seed + HELD_OUT)
+    return how._replace(seed=how.seed + HELD_OUT)
 
 
 def judging_of(config: RolloutConfig, engine: Engine) -> Judging:

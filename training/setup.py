@@ -114,7 +114,7 @@ def starting_model(asked: C) -> Start[C]:
             "give a larger --vocab_size, or the model's own --tokenizer"
         )
     adapter = adapter_of(asked, init, tokenizer, shape)
-    weights = found if adapter is None else adapted_weights(adapter, init, shape, asked.seed)
+    weights = found if adapter is None else adapted_weights(adapter, init, shape, found, asked.seed)
     found = weights if is_adapter(init) else found
     with torch.device("meta"):
         model = GPT(shape, adapter)
@@ -139,7 +139,7 @@ def shape_and_weights(asked: Config, init: str, tokenizer: TextTokenizer) -> tup
     # this run's dropout, and a longer context where --max_seq_len asks for it
     length = max(folder.max_seq_len, asked.max_seq_len or 0)
     shape = replace(folder, dropout=asked.dropout, max_seq_len=length, scores=asked.scores)
-    weights = partial(folder_weights, init, folder)
+    weights = partial(folder_weights, init)
     if not asked.scores:
         check_writes(folder, init)
     # a head for the vocabulary gives way to one that scores; a reward model is gone on with
@@ -191,12 +191,13 @@ def starting_teacher(start: Start[DistillConfig], machine: Machine) -> Teacher:
             f"the teacher {folder} has another vocabulary than {student}: {problem}. What a teacher says of a token is "
             "said of its number; give a --teacher of the same tokenizer, or --tokenizer and --init_from to fit it"
         )
-    if shape.max_seq_len < start.max_seq_len:
-        raise ValueError(
-            f"the teacher {folder} has a context of {shape.max_seq_len:,} tokens, and rows are {start.max_seq_len:,}; "
-            f"give --max_seq_len {shape.max_seq_len}"
-        )
-    weights = partial(folder_weights, folder, shape)
+    longest = start.model.config.max_seq_len if config.on_policy else start.max_seq_len
+    if shape.max_seq_len < longest:
+        told, way_out = f"rows are {longest:,}", f"give --max_seq_len {shape.max_seq_len}"
+        if config.on_policy:
+            told, way_out = f"the student draws answers in one of {longest:,}", "give a --teacher of a longer one"
+        raise ValueError(f"the teacher {folder} has a context of {shape.max_seq_len:,} tokens, and {told}; {way_out}")
+    weights = partial(folder_weights, folder)
     made_of = f"{weights_hash(weights)} {json.dumps(shape.to_hf(), sort_keys=True)}"
     identity = xxhash.xxh3_64_hexdigest(made_of.encode())
     return Teacher(shape, weights, identity, distributed.pick_compile(config.compile, machine.device))

@@ -103,11 +103,19 @@ class DPOConfig(ChatConfig):
 LOSS_FLAGS = sorted({name for loss_type in LOSSES for name in own_flags(loss_type)})
 
 
+def sampling_flag(default: Any, text: str, **rule: Any) -> Any:
+    """How answers are drawn: of another one, others would be drawn to the same prompts."""
+    return flag(default, text, "rollouts", resume="refuse", **rule)
+
+
 @dataclass(kw_only=True)
 class DistillConfig(SFTConfig):
     """Fine-tuning on conversations with a larger model as teacher: the loss stands on the assistant's turns only."""
 
     stage: ClassVar[str] = "distill"
+    batch_size: int = flag(
+        16, "rows a process a micro-batch, with on_policy prompts: lower it when memory runs out", like="batch_size"
+    )
     teacher: str | None = flag(
         None,
         "folder of the model to learn from, or the name of a run in out_dir; it must have the student's vocabulary",
@@ -144,6 +152,34 @@ class DistillConfig(SFTConfig):
         at_least=0,
         resume="refuse",
     )
+    on_policy: bool = flag(
+        False,
+        "learn from the teacher on answers that the student draws itself, of every update anew; the data's own last "
+        "answers are left out",
+        "distillation",
+        resume="refuse",
+    )
+    group_size: int = sampling_flag(1, "answers to every prompt", at_least=1)
+    max_new_tokens: int = sampling_flag(256, "tokens an answer may have", at_least=1)
+    temperature: float = sampling_flag(1.0, "of drawing answers, in training and validation", above=0)
+
+    def __post_init__(self) -> None:
+        """Every update of drawn answers has shapes of its own, so compiling is off where nobody asks for it."""
+        if self.on_policy and self.compile is None:
+            self.compile = False
+
+    def check(self) -> None:
+        """As Config.check, and ValueError for what drawn answers do not go with, and what goes with them alone."""
+        super().check()
+        refused, why = ["group_size", "max_new_tokens", "temperature"], "whose answers are the data's"
+        if self.on_policy:
+            refused, why = ["teacher_top_k", "ce_weight"], "whose answers nobody has before they are drawn"
+        given = [name for name in refused if getattr(self, name) != getattr(type(self), name)]
+        if given:
+            told = ", ".join(f"--{name} {getattr(self, name)}" for name in given)
+            raise ValueError(
+                f"{told}: not with --on_policy {str(self.on_policy).lower()}, {why}; leave one of them out"
+            )
 
 
 @dataclass(kw_only=True)
@@ -206,9 +242,9 @@ class RolloutConfig(ChatConfig):
         "an answer of this reward passes, in pass_at_1 and pass_at_8; by default the sum of the positive weights",
         resume="free",
     )
-    group_size: int = rollout_flag(8, "answers to every prompt", at_least=2)
-    max_new_tokens: int = rollout_flag(256, "tokens an answer may have", at_least=1)
-    temperature: float = rollout_flag(1.0, "of drawing answers, in training and validation", above=0)
+    group_size: int = sampling_flag(8, "answers to every prompt", at_least=2)
+    max_new_tokens: int = sampling_flag(256, "tokens an answer may have", at_least=1)
+    temperature: float = sampling_flag(1.0, "of drawing answers, in training and validation", above=0)
     tools: list[str] = rollout_flag(
         [],
         "what answers may call: calculator, lookup, or file.py:function, and NAME= before one for another name; the "

@@ -97,12 +97,12 @@ def starting_critic(start: Start[PPOConfig]) -> StartingCritic:
                 f"--critic {config.critic} has {shape.vocab_size:,} rows of its embedding and the policy "
                 f"{start.model.config.vocab_size:,}; give one of the same tokenizer"
             )
-        weights: Weights = partial(folder_weights, folder, shape)
+        weights: Weights = partial(folder_weights, folder)
     else:
         shape = replace(start.model.config, scores=True)
         body = partial(fresh_weights, start.model.config, config.seed)
         if init != "none":
-            body = partial(folder_weights, init, load_model_config(init))
+            body = partial(folder_weights, init)
 
         def weights() -> Any:
             return with_score(body(), shape, config.seed)

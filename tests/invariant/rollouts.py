@@ -6,24 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import LORA, metrics, stage_flags, train_here
+from tests.helpers import LORA, ROLLOUTS, metrics, stage_flags, train_here
 
 STEPS = 5
 CURVES = ("reward", "reward_std", "loss", "grad_norm", "kl", "entropy", "length", "zero_variance", "distinct", "tokens")
 CRITIC = ("value_loss",)
 HELD_OUT = ("val_reward", "pass_at_1", "val_entropy", "val_ended")
+TAUGHT = ("loss", "divergence", "ce_loss", "grad_norm", "tokens")  # of on-policy distillation, which has no reward
 # the question's number decides whether its answers differ in worth, so of two ranks one may have nothing to learn from
 OWN = """def longer(messages, answer, row):
     return len(answer) / 20 if int(messages[-1]["content"].split()[0]) % 2 else 0.5
 """
-KINDS = ("plain", "filtered", "unfiltered", "lora", "ppo")
+KINDS = ("plain", "filtered", "unfiltered", "lora", "ppo", "taught")
 
 
 def rollout_runs(
     base: Path, name: str, ranks: int, *flags: str, wanted: Sequence[str] = KINDS
 ) -> list[tuple[str, list]]:
     """Every prompt teaching; with prompts whose answers are all worth the same, left out or not; an adapter; several
-    updates from the same answers; a critic beside the policy."""
+    updates from the same answers; a critic beside the policy; a teacher's word on every token."""
     own = ["--reward", f"{base}/own.py:longer", "--batch_size", 2 // ranks, "--global_batch_size", 2]
     kinds = {
         "plain": ["--batch_size", 4 // ranks, "--scale_rewards", "std", "--temperature", 0.8],
@@ -32,11 +33,13 @@ def rollout_runs(
         "lora": ["--batch_size", 4 // ranks, "--loss_type", "grpo", "--inner_epochs", 2, *LORA],
         "ppo": [*own, "--inner_epochs", 2, "--critic_learning_rate", 2e-3],
     }
+    drawn = ["--on_policy", "--init_from", base / "start/full_sft_32", *ROLLOUTS, "--distill_loss", "jsd"]
+    kinds["taught"] = [*drawn, "--batch_size", 4 // ranks, "--eval_answers", 4]
     steps = ["--max_steps", STEPS, "--learning_rate", 1e-3, "--eval_interval", 3, "--save_interval", 3]
     return [
         (stage, [*stage_flags(base, stage, base / name), *steps, *kinds[kind], *flags, "--run_name", f"{kind}_32"])
         for kind in wanted
-        for stage in ["ppo" if kind == "ppo" else "grpo"]
+        for stage in [{"ppo": "ppo", "taught": "distill"}.get(kind, "grpo")]
     ]
 
 
@@ -50,12 +53,13 @@ def train_rollouts_alone(base: Path) -> None:
 def same_rollouts_as_alone(base: Path, engine: str, kind: str) -> None:
     alone, spread = (metrics(base / name, kind) for name in ("single", engine))
     assert [record["step"] for record in spread] == list(range(1, STEPS + 1))
-    for name in (*CURVES, *CRITIC) if kind == "ppo" else CURVES:
+    curves = {"ppo": (*CURVES, *CRITIC), "taught": TAUGHT}.get(kind, CURVES)
+    for name in curves:
         assert [r[name] for r in spread] == pytest.approx([r[name] for r in alone], rel=1e-4, abs=1e-6), name
-    for name in HELD_OUT:
+    for name in ("val_loss", "val_ended") if kind == "taught" else HELD_OUT:
         measured = [[r[name] for r in records if name in r] for records in (alone, spread)]
         assert len(measured[0]) == 2 and measured[1] == pytest.approx(measured[0], rel=1e-5), name
-    if kind not in ("lora", "ppo"):  # there, what the first pass learnt
+    if kind not in ("lora", "ppo", "taught"):  # there, what the first pass learnt
         assert all(record["logp_gap"] < 3e-5 for record in spread)
 
 
@@ -64,5 +68,7 @@ def rollouts_tell_something(base: Path) -> None:
     plain, filtered = metrics(base / "single", "plain"), metrics(base / "single", "filtered")
     assert plain[-1]["kl"] > 1e-4 and len({record["reward"] for record in plain}) == STEPS
     assert 0.5 in [record["zero_variance"] for record in filtered]
+    taught = metrics(base / "single", "taught")
+    assert len({record["loss"] for record in taught}) == STEPS and taught[0]["loss"] > 1e-3
     lora = metrics(base / "single", "lora")
     assert lora[0]["logp_gap"] > 1e-4 and lora[0]["kl"] > 0  # of the second pass

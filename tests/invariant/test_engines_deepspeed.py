@@ -23,7 +23,7 @@ DEEPSPEED = {
         ["--zero_stage", "3", "--offload", "cpu", "--grad_checkpointing", "--async_save"], ("full_sft", "dpo")
     ),
 }  # fmt: skip
-ROLLOUTS = {"zero2": ("plain", "filtered"), "zero3": ("unfiltered", "lora")}
+ROLLOUTS = {"zero2": ("plain", "filtered"), "zero3": ("unfiltered", "lora", "taught")}
 
 
 @pytest.fixture(scope="module")

@@ -212,7 +212,7 @@ def test_an_adapter_is_not_opened_over_other_weights(make_model, tmp_path):
     with pytest.raises(ValueError, match=told % "other"):
         load_pretrained(tmp_path / "other", adapters=[tmp_path / "tuned"])
     save_pretrained(other, tmp_path / "base")  # trained anew
-    for wrong in (load_pretrained, lambda folder: dict(folder_weights(folder, base.config))):
+    for wrong in (load_pretrained, lambda folder: dict(folder_weights(folder))):
         with pytest.raises(ValueError, match=told % "base"):
             wrong(tmp_path / "tuned")
     object.__setattr__(model.adapter, "base_hash", "")
@@ -274,7 +274,7 @@ def test_a_prefix_comes_back_and_never_merges(make_model, tmp_path):
         assert adapter == model.adapter and weights.keys() == learnt(model).keys()
         assert torch.equal(load_pretrained(tmp_path / "tuned")(IDS), model(IDS))
     with pytest.raises(ValueError, match="cannot be merged into them; a stage goes on with it by --adapter prefix"):
-        dict(folder_weights(tmp_path / "tuned", base.config))
+        dict(folder_weights(tmp_path / "tuned"))
     settings = json.loads((tmp_path / "tuned/adapter_config.json").read_text())
     (tmp_path / "tuned/adapter_config.json").write_text(json.dumps(settings | {"num_virtual_tokens": 4}))
     with pytest.raises(ValueError, match=r"layers.0.self_attn.prefix: found \(3, 16\), expected \(4, 16\)"):
@@ -329,7 +329,7 @@ def test_bottlenecks_are_those_of_an_independent_network(make_model, tmp_path):
     settings = {"max_new_tokens": 6, "temperature": 0.0}
     assert generate(model, [[5, 6, 7], [9]], **settings) == generate(opened, [[5, 6, 7], [9]], **settings)
     with pytest.raises(ValueError, match="cannot be merged into them; a stage goes on with it by --adapter bottleneck"):
-        dict(folder_weights(tmp_path / "tuned", base.config))
+        dict(folder_weights(tmp_path / "tuned"))
 
 
 def test_a_bottleneck_has_the_paper_s_number_of_parameters(make_model):

@@ -1,6 +1,8 @@
 """An adapter's folder is PEFT's: what either writes the other opens, over the same base, with the same logits."""
 
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,13 @@ import torch
 
 pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM, Qwen3ForCausalLM
 
 from model import GPT, GPTConfig, generate, load_pretrained, save_pretrained
 from model.adapter_folder import load_adapter, save_adapter
 from model.adapters import LoRA, Prefix, begun
 from model.folder import assemble
+from model.gpt import with_score
 from tests.conftest import spread_weights
 
 IDS = torch.arange(60).view(2, 30)
@@ -93,6 +96,32 @@ def test_theirs_opened_by_us(base, tmp_path, settings):
     assert (adapter.rank, adapter.alpha) == (3, 5)
     assert_same_logits(load_pretrained(tmp_path / "theirs"), peft, plain)
     assert_same_logits(load_pretrained(folder, adapters=[tmp_path / "theirs"]), peft, plain)
+
+
+def test_an_adapter_that_scores_is_opened_by_them_and_theirs_by_us(base, tmp_path):
+    plain, folder = base
+    adapter = LoRA(rank=4, alpha=6, tokens=(1, 5), scores=True, base=str(folder))
+    shape = replace(plain.config, scores=True)
+    first = begun(with_score(plain.state_dict().items(), shape, 3), adapter, seed=2)
+    ours = assemble(shape, first, adapter=adapter)
+    shake(ours)
+    learnt = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    save_adapter(adapter, learnt, tmp_path / "ours")
+
+    opened = PeftModel.from_pretrained(scoring(folder), tmp_path / "ours").eval()
+    same = partial(torch.testing.assert_close, atol=1e-4, rtol=0)
+    same(opened(IDS).logits, ours(IDS)[:, -1])
+    same(load_pretrained(tmp_path / "ours")(IDS), ours(IDS))
+
+    peft = get_peft_model(scoring(folder), LoraConfig(r=3, task_type="SEQ_CLS", target_modules="all-linear"))
+    shake(peft)
+    peft.save_pretrained(tmp_path / "theirs")
+    same(load_pretrained(tmp_path / "theirs")(IDS)[:, -1], peft.eval()(IDS).logits)
+
+
+def scoring(folder: Path) -> torch.nn.Module:
+    config = {"num_labels": 1, "pad_token_id": 63, "dtype": torch.float32}
+    return AutoModelForSequenceClassification.from_pretrained(folder, **config)
 
 
 def test_our_prefix_opened_by_them(base, tmp_path):

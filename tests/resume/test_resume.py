@@ -49,13 +49,26 @@ def flags_of(base: Path, stage: str, out: Path) -> list:
         ("dpo", []),
         ("kto", []),
         ("distill", []),
+        ("distill", ["--on_policy", "--batch_size", 8, "--epochs", 2, "--max_new_tokens", 8]),
         ("reward", []),
         ("grpo", ["--batch_size", 4, "--epochs", 1, "--inner_epochs", 2, "--kl", 0.1, "--eval_interval", 6]),
         ("ppo", ["--batch_size", 4, "--epochs", 1, "--inner_epochs", 2, "--eval_interval", 6]),
         ("full_sft", [*LORA, "--lora_dropout", 0.1]),
         ("dpo", PREFIX),
     ],
-    ids=["pretrain", "full_sft", "dpo", "kto", "distill", "reward", "grpo", "ppo", "lora", "prefix"],
+    ids=[
+        "pretrain",
+        "full_sft",
+        "dpo",
+        "kto",
+        "distill",
+        "distill on policy",
+        "reward",
+        "grpo",
+        "ppo",
+        "lora",
+        "prefix",
+    ],
 )
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     base: Path, tmp_path: Path, stage: str, flags: list, capfd: Any

@@ -181,7 +181,7 @@ def test_an_adapter_learns_from_a_teacher_which_may_be_an_adapter(base, tmp_path
     steps = ["--max_steps", 4, "--batch_size", 4, "--learning_rate", 1e-2]
     flags = [*stage_flags(base, "distill", tmp_path), *steps]
     whole = tmp_path / "whole"
-    assert convert.main(["merge", str(base / "out/full_sft_32"), "--into", str(whole)]) == 0
+    assert convert.main([str(base / "out/full_sft_32"), "--to", "adapter_merged", "--out", str(whole)]) == 0
     first = {}
     for name, teacher, own in [
         ("all", base / "out/full_sft_32", []),
@@ -199,7 +199,7 @@ def test_an_adapter_learns_from_a_teacher_which_may_be_an_adapter(base, tmp_path
 def test_a_flag_may_not_contradict_the_adapter_that_is_there(base, tokenizer):
     start = base / "out/full_sft_32"
     shape = load_pretrained(start).config
-    with pytest.raises(ValueError, match=r"--lora_rank 8 contradicts .*which has 4; .*convert.py merge"):
+    with pytest.raises(ValueError, match=r"--lora_rank 8 contradicts .*which has 4; .*convert.py --to adapter_merged"):
         adapter_of(config_of(DPOConfig, start, "--adapter", "lora", "--lora_rank", "8"), str(start), tokenizer, shape)
 
 
@@ -212,12 +212,17 @@ def test_without_the_flag_all_of_the_merged_model_is_learnt(base):
 
 def test_an_adapter_is_merged_into_a_whole_folder(base, tmp_path, capsys):
     adapter, into = base / "out/full_sft_32", tmp_path / "whole"
-    assert convert.main(["merge", str(adapter), "--into", str(into)]) == 0
+    assert convert.main([str(adapter), "--to", "adapter_merged", "--out", str(into)]) == 0
     opened, merged = load_pretrained(adapter), load_pretrained(into)
     assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in opened.state_dict().items())
     assert (into / "chat_template.jinja").is_file()
-    assert convert.main(["merge", str(adapter), "--into", str(into)]) == 2
-    assert convert.main(["merge", str(into), "--into", str(tmp_path / "other")]) == 2
+    start, twice = base / "start/pretrain_32", tmp_path / "twice"
+    several = [str(adapter), str(adapter), "--base", str(start), "--to", "adapter_merged", "--out", str(twice)]
+    assert convert.main(several) == 0
+    stacked = load_pretrained(start, adapters=[adapter, adapter]).state_dict()
+    assert all(torch.equal(t, stacked[name]) for name, t in load_pretrained(twice).state_dict().items())
+    assert convert.main([str(adapter), "--to", "adapter_merged", "--out", str(into)]) == 2
+    assert convert.main([str(into), "--to", "adapter_merged", "--out", str(tmp_path / "other")]) == 2
     said = capsys.readouterr().err
     assert "is there already" in said and "no adapter_config.json here" in said
 
@@ -295,7 +300,7 @@ def test_other_adapters_go_from_stage_to_stage_and_are_never_merged(base, tmp_pa
     assert records[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     flags = ["--model", str(first), "--prompt", "Hi", "--max_new_tokens", "4"]
     assert eval_model.main(flags) == 0
-    assert convert.main(["merge", str(first), "--into", str(tmp_path / "whole")]) == 2
+    assert convert.main([str(first), "--to", "adapter_merged", "--out", str(tmp_path / "whole")]) == 2
     assert (
         f"a {adapter[1]} adapter is no change of weights" in capsys.readouterr().err
         and not (tmp_path / "whole").exists()

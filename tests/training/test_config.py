@@ -5,7 +5,17 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from tests.helpers import ROOT
-from training import STAGES, DPOConfig, GRPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig, load_config
+from training import (
+    STAGES,
+    DistillConfig,
+    DPOConfig,
+    GRPOConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    load_config,
+)
 from training.config import BEST, SHAPE_FLAGS, Rule, rules, save_config, stage_of
 
 
@@ -252,7 +262,8 @@ def test_a_default_of_a_stage_keeps_the_rule_all_stages_have(cls):
     changed = {name for name, rule in rules(cls).items() if name in shared and rule != shared[name]}
     prompts = {"batch_size", "global_batch_size", "eval_rows", "sample_interval", "compile"}
     pairs = {"batch_size"}
-    assert changed == {DPOConfig: pairs, RewardConfig: pairs, GRPOConfig: prompts, PPOConfig: prompts}.get(cls, set())
+    expected = {DPOConfig: pairs, RewardConfig: pairs, DistillConfig: pairs, GRPOConfig: prompts, PPOConfig: prompts}
+    assert changed == expected.get(cls, set())
     for name in changed:  # it says more, and bounds the same
         assert replace(rules(cls)[name], help="") == replace(shared[name], help="")
 
@@ -287,8 +298,10 @@ READ_BY = {  # flags that are read beside others only
 def test_every_range_in_a_rule_is_kept_to_its_edge(cls):
     checked = edges(cls)
     assert len({name for name, _, _ in checked}) > 15
+    drawn = {flag: {"on_policy": True} for flag in ("group_size", "max_new_tokens", "temperature")}
+    read_by = READ_BY | (drawn if cls is DistillConfig else {})
     for name, value, allowed in checked:
-        config = cls(**{name: value} | READ_BY.get(name, {}))
+        config = cls(**{name: value} | read_by.get(name, {}))
         if allowed:
             config.check()
         else:

@@ -6,12 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from dataset import SCORED
 from dataset.columns import Report
 from dataset.loader import EMPTY_ROW, ScoredRows
 from model import load_config, load_pretrained
+from model.adapter_folder import base_folder
+from model.adapters import body
 from model.attention import Layout
+from model.folder import folder_weights
 from model.gpt import Places, score_by_place
 from tests.conftest import encoded
 from tests.helpers import make_data, metrics, stage_flags, train_here, train_start
@@ -138,10 +142,41 @@ def test_it_starts_from_the_fine_tuned_body_and_leaves_a_folder_that_scores(base
 def test_a_reward_model_is_gone_on_with_by_its_own_stage_alone(base):
     again = [*stage_flags(base, "reward", base / "again"), "--init_from", base / "out/reward_32", "--max_steps", 1]
     train_here("reward", *again)
-    with pytest.raises(ValueError, match="--adapter lora: a reward model is learnt whole"):
-        train_here("reward", *again, "--adapter", "lora")
     with pytest.raises(ValueError, match="is a reward model: it scores answers and writes none"):
         train_here("dpo", *stage_flags(base, "dpo", base / "no"), "--init_from", base / "out/reward_32")
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_an_adapter_learns_the_head_beside_it(base, tmp_path, kind):
+    """From a model that writes, and then from the adapter itself: a step further, on the same head."""
+    flags = [*stage_flags(base, "reward", tmp_path / "out"), "--adapter", kind]
+    train_here("reward", *flags, "--max_steps", 2)
+    folder = tmp_path / "out/reward_32"
+    ids = torch.arange(20)[None]
+    first = load_pretrained(folder)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert file.get_tensor("base_model.model.score.weight").shape == (1, 32)
+    if kind == "lora":  # it merges, its head with it
+        assert torch.equal(dict(folder_weights(folder))["score.weight"], first.score.weight)
+    further = ["--init_from", folder, "--run_name", "further", "--learning_rate", "1e-9"]
+    train_here("reward", *flags, *further, "--max_steps", 1)
+    torch.testing.assert_close(load_pretrained(tmp_path / "out/further")(ids), first(ids), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="is a reward model: it scores answers and writes none"):
+        train_here("dpo", *stage_flags(base, "dpo", base / "no"), "--init_from", folder)
+
+
+def test_an_adapter_that_wrote_is_gone_on_with_by_one_that_scores(base, tmp_path):
+    wrote = [*stage_flags(base, "full_sft", tmp_path / "out"), "--adapter", "lora", "--max_steps", 2]
+    train_here("full_sft", *wrote, "--init_from", base / "start/full_sft_32", "--run_name", "wrote")
+    flags = [*stage_flags(base, "reward", tmp_path / "out"), "--adapter", "lora", "--max_steps", 1]
+    train_here("reward", *flags, "--init_from", tmp_path / "out/wrote", "--learning_rate", "1e-9")
+    made, before = load_pretrained(tmp_path / "out/reward_32"), load_pretrained(tmp_path / "out/wrote")
+    torch.testing.assert_close(body_of(made), body_of(before), atol=1e-6, rtol=0)
+    assert made.config.scores and base_folder(tmp_path / "out/reward_32") == base / "start/full_sft_32"
+
+
+def body_of(model) -> dict[str, torch.Tensor]:
+    return dict(body(model.state_dict().items()))
 
 
 @pytest.mark.parametrize("flag", [("--sample_interval", "5"), ("--eval_answers", "4")])

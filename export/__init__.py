@@ -1,0 +1,1 @@
+"""A model taken elsewhere: folders, files and cards that other programs open. Knows nothing of training."""
