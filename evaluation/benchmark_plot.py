@@ -20,7 +20,7 @@ def draw(runs: "Sequence[Run]", path: Path) -> None:
     figure = Figure(figsize=(8, 1.2 + 0.22 * len(names) * (len(runs) + 1)), dpi=120, layout="constrained")
     axes = figure.subplots()
     for i, (run, scores) in enumerate(zip(runs, found, strict=True)):
-        bars(axes, [scores[name] for name in names], i, len(runs), f"accuracy{f', {run.model}' * (len(runs) > 1)}")
+        bars(axes, [scores[name] for name in names], i, len(runs), f"accuracy{f', {short(run)}' * (len(runs) > 1)}")
     places = range(len(names))
     axes.vlines(
         [100 * found[0][name].chance for name in names], [each - 0.45 for each in places],
@@ -28,12 +28,17 @@ def draw(runs: "Sequence[Run]", path: Path) -> None:
     )  # fmt: skip
     axes.set_yticks(places, [f"{name} ({found[0][name].items:,})" for name in names], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="right, %, with 95 % interval", xlim=(0, None), title=", ".join(run.model for run in runs))
+    axes.set(xlabel="right, %, with 95 % interval", xlim=(0, None), title=" and ".join(map(short, runs)))
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def short(run: "Run") -> str:
+    """A folder's own name."""
+    return Path(run.model).name
 
 
 def bars(axes: "Axes", scores: "Sequence[Score]", number: int, of: int, label: str) -> None:
