@@ -437,8 +437,8 @@ def benchmark(arguments: argparse.Namespace, world: World) -> None:
     opened = open_model(arguments, world)
     run = judged(opened, arguments, world)
     if world.rank == 0:
-        left = run.leave(Path(arguments.out or opened.folder))
         put(tables.of_benchmark(run, arguments.subjects), run.summary(), arguments.json)
+        left = run.leave(Path(arguments.out or opened.folder))
         say(f"every item, and a picture: {', '.join(map(str, left))}")
 
 
@@ -457,9 +457,9 @@ def compare(arguments: argparse.Namespace, world: World) -> None:
         found = Comparison.of_runs(*runs) if runs else Comparison(list(arguments.compare))
         prompts = arguments.prompt or prompts_for(all(each.chats for each in both))
         found.ask([each[:3] for each in both], prompts, arguments.max_new_tokens)
+    put(tables.of_comparison(found), found.summary(), arguments.json)
     if arguments.out:
         say(f"every item and answer: {', '.join(map(str, found.leave(Path(arguments.out))))}")
-    put(tables.of_comparison(found), found.summary(), arguments.json)
 
 
 if __name__ == "__main__":

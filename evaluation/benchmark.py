@@ -24,6 +24,7 @@ from evaluation.benchmark_plot import draw
 from evaluation.calibration import interval
 from evaluation.items import Item, lines_of, messages, prompts, read_items, written_answer
 from evaluation.likelihood import ALONE, Likelihood, Pair, Ranks, fit, log_likelihoods, split
+from evaluation.numerals import last_number
 from evaluation.rewards import exact_match, number
 from model import GPT, generate
 
@@ -140,10 +141,12 @@ def judge_files(
 ) -> Run:
     """Ask a model in eval mode everything that stands in the files; `name` is what it is called.
 
-    Raises DataError for a bad row, and for an item of one task that stands in two files.
+    Raises DataError for a bad row, and for an item of one task that stands in two files; ValueError where no item fits.
     """
     items, notes = read_files(files, how)
     outcomes, counts = judge_items(model, tokenizer, items, how, ranks)
+    if not outcomes:
+        raise ValueError(f"{' '.join(map(str, files))}: no item is left to judge; left out: {counts}")
     return Run(name, how._asdict(), [str(path) for path in files], scores_of(outcomes), outcomes, counts, notes)
 
 
@@ -239,7 +242,8 @@ def asked_ids(tokenizer: TextTokenizer, item: Item, chat: bool) -> list[int]:
 def written_outcome(item: Item, text: str) -> Outcome:
     text = written_answer(item, text)
     row: dict[str, Any] = {"answer": [item.right], "finish_reason": "stop"}
-    judge = exact_match if any(each.isalpha() for each in item.right) else number
+    is_number = last_number(item.right) is not None and not any(each.isalpha() for each in item.right)
+    judge = number if is_number else exact_match
     outcome = outcome_of(item, judge([], text.strip(), row) == 1)
     outcome.written = text
     return outcome

@@ -95,7 +95,11 @@ def read_run(path: str) -> Run:
     """Of a benchmark.json. Raises FileNotFoundError, or ValueError for another file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a {FILE} that --benchmark left, or a model folder")
-    return Run.from_json(json.loads(Path(path).read_text(encoding="utf-8")), path)
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: found no JSON ({error}), expected a {FILE} that --benchmark left") from None
+    return Run.from_json(value, path)
 
 
 def different(a: Run, b: Run) -> list[str]:

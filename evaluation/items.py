@@ -24,14 +24,12 @@ from typing import ClassVar, Literal, NamedTuple
 
 from dataset import DataError, Message
 from dataset.forms import Form, Value
-from dataset.records import Row, expand_paths, read_rows
+from dataset.records import Row, read_rows
 
 KINDS = ("choice", "cloze", "generate")
 WORDS = {"en": ("Question: ", "Answer:"), "zh": ("问题：", "答案：")}
 GO_ON = ("copa", "hellaswag")  # tasks whose question is the beginning of a sentence, which the choices end
-ASKS = re.compile(
-    r"^(Question:|问题：)", re.MULTILINE
-)  # in questions that bring their own words (a passage, then this)
+ASKS = re.compile(r"^(Question:|问题：)", re.MULTILINE)  # of a question that brings its own word, after a passage
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
@@ -122,10 +120,11 @@ def read_items(path: str | Path, *, shots: int = 0, max_rows: int = 0) -> list[I
     Raises DataError for a bad row or an id that comes twice, FileNotFoundError where a file is not there, and
     ValueError where examples are asked for and none are.
     """
-    (path,) = expand_paths(path)
-    examples = read_examples(path, shots) if shots else {}
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected one of rows like {ItemForm.expected}")
+    examples = read_examples(str(path), shots) if shots else {}
     items: dict[str, Item] = {}
-    for row in islice(read_rows([path], ItemForm()), max_rows or None):
+    for row in islice(read_rows([str(path)], ItemForm()), max_rows or None):
         item = item_of(row, examples)
         if item.id in items:
             raise DataError(f"{row.where}: found the id {item.id!r} a second time, expected one for every row")

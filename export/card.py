@@ -11,7 +11,6 @@ What is not there is left out; a folder that no run made gets a card of its shap
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def card(model: GPT, run: Path, about: About) -> str:
         usage(model, about.name, stage),
         training(settings, stage, run),
         numbers("Measured at the end of training", last_values(run / "metrics.jsonl")),
-        numbers("Benchmarks", dict(flat(read_json(run / "benchmark.json")))),
+        benchmarks(run / "benchmark.json"),
         "## Loss\n\n![loss](loss.png)" if (run / "loss.png").is_file() else "",
     ]
     return f"---\n{front_matter(model, about, stage)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
@@ -154,17 +153,23 @@ def last_values(path: Path) -> dict[str, float]:
     return values
 
 
-def read_json(path: Path) -> object:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def flat(value: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """{"tasks": {"arc": {"accuracy": 0.27}}} -> ("tasks arc accuracy", 0.27): the numbers in it."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield from flat(each, f"{name} {key}".strip())
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield name, value
+def benchmarks(path: Path) -> str:
+    """A line a task, each beside what guessing would get. Raises ValueError for a file that eval_model.py did not
+    write."""
+    if not path.is_file():
+        return ""
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+        lines = [
+            f"| {each['name']} | {each['items']:,} | {each['accuracy']:.1%} ({each['low']:.1%} to {each['high']:.1%}) "
+            f"| {each['chance']:.1%} |"
+            for each in scores
+            if each["group"] == "task"
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: found no scores of eval_model.py ({error}); make it again") from None
+    heads = "| task | items | accuracy, 95 % interval | guessing |\n|---|---|---|---|"
+    return "\n".join(["## Benchmarks", "", heads, *lines])
 
 
 def numbers(title: str, values: dict[str, float]) -> str:

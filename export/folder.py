@@ -5,7 +5,7 @@ write_folder(model, tokenizer, Path("chat"), torch.bfloat16, "2GB")
 chat/config.json  model.safetensors (or shards and their index)  generation_config.json  tokenizer files
 """
 
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +22,9 @@ def new_path(path: Path) -> Iterator[Path]:
     if path.exists():
         raise ValueError(f"--out {path} is there already; give a new name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        yield part
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
+        yield (part := Path(beside) / path.name)
         part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def write_folder(

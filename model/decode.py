@@ -1,12 +1,10 @@
 """Tokens in, next token's logits out, without computing anything twice: the network over a key-value cache.
 
-    decoder = CachedGPT(model, [[1, 71, 905], [1, 88]], capacity=64)
-    decoder.prefill()          (2, vocabulary): what follows each prompt
-    decoder.step(ids)          (2, vocabulary): what follows each prompt and its ids, one new token a row
-    decoder.keep([1])          from here on the batch is its second row alone
-
-    decoder = CachedGPT(model, prompts, capacity=64, copies=8)
-    decoder.prefill(), decoder.repeat()    each prompt is read once, and from here on stands in eight rows
+    decoder = CachedGPT(model, rows=16, capacity=64)
+    decoder.add([[1, 71, 905], [1, 88]])   (2, vocabulary): what follows each prompt; they have the first two rows
+    decoder.step(ids)                      (2, vocabulary): what follows each prompt and its ids, a new token a row
+    decoder.keep([1])                      from here on the batch is its second row alone
+    decoder.repeat(8)                      each row read so far stands in eight rows from here on
 
 It reads the weights of a `GPT` when it is made, and computes what `GPT.forward` would for the whole sequences; that
 forward pass is its plain twin. What is different, and why:
@@ -15,6 +13,8 @@ forward pass is its plain twin. What is different, and why:
   through the matrices end to end, and only attention sees them side by side. A prefix has the first places of all rows.
 - The cache is allocated once and written in place. On a GPU all shapes stay the same from step to step, so that a step
   is recorded once as a CUDA graph and replayed.
+- The rows in use are the first ones, so that attention sees the cache as it lies. Which sequence is where is changed
+  by copying (`keep`, `swap`), once for each that comes or goes (model/slots.py).
 - Queries that share a key are given to attention as if they were a sequence, so that keys are never expanded.
 - On a CPU, oneDNN's linear layer reads a matrix about twice as fast as `F.linear`, which asks BLAS. For a batch the
   matrices are laid out for it first. A batch's attention is two small products there, over a cache in float32
@@ -52,32 +52,25 @@ class CachedGPT:
 
     Args:
         model: its weights are read now; changes made later may or may not be seen. Dropout is never applied.
-        prompts: token ids, at least one each.
+        rows: most sequences at a time.
         capacity: most tokens a row may have; one that is full goes on, overwriting its last token.
-        copies: rows that `repeat` makes of every prompt.
         static: whether shapes stay the same from step to step. None: on a GPU.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        prompts: Sequence[Sequence[int]],
-        capacity: int,
-        static: bool | None = None,
-        copies: int = 1,
-    ) -> None:
+    def __init__(self, model: GPT, rows: int, capacity: int, static: bool | None = None) -> None:
         config, head = model.config, model.head_weight
         assert config.head_dim is not None
-        self.model, self.prompts, self.head_dim = model, prompts, config.head_dim
+        self.model, self.head_dim = model, config.head_dim
         self.prefix = model.model.prefix_length  # places taken before a row's first token
         self.capacity = capacity = self.prefix + capacity
-        self.copies, rows = copies, len(prompts) * copies
         self.device, self.dtype = head.device, head.dtype
         self.static = self.device.type == "cuda" if static is None else static
         onednn = onednn_fits(head)
-        self.linear: Callable[[Tensor, Tensor], Tensor] = onednn_linear if onednn else F.linear
         # one row of float32 gains too little from another layout to pay for the copies
-        packed = onednn and (rows > 1 or self.dtype != torch.float32)
+        self.packed = packed = onednn and (rows > 1 or self.dtype != torch.float32)
+        self.linear: Callable[[Tensor, Tensor], Tensor] = (
+            onednn_linear_alike if packed and rows > 1 else onednn_linear if onednn else F.linear
+        )
         with torch.inference_mode():
             self.blocks = cast(list[Block], model.blocks())
             self.matrices = [matrices(block, rows if packed else 0) for block in self.blocks]
@@ -94,7 +87,7 @@ class CachedGPT:
                 if self.prefix and block.self_attn.prefix is not None:
                     before = torch.stack(split_prefix(block.self_attn.prefix, config.head_dim))
                     layer[:, :, :, : self.prefix] = before.transpose(1, 2)[:, None]
-        self.lengths = [self.prefix + len(prompt) for prompt in prompts]  # places taken in the cache
+        self.lengths: list[int] = []  # places taken in the cache, of every row in use
         self.set_rows()
 
     def set_rows(self) -> None:
@@ -109,29 +102,46 @@ class CachedGPT:
         self.logits = torch.empty(0)
         self.replay: Callable[[], None] | None = None
 
-    def prefill(self) -> Tensor:
-        """Take in the prompts: logits of what follows each, (rows, vocabulary)."""
+    def add(self, texts: Sequence[Sequence[int]], held: Sequence[int] | None = None) -> Tensor:
+        """Let sequences take the next rows: logits of what follows each, (texts, vocabulary).
+
+        texts: token ids to read, at least one each. held: how many tokens stand before each in its row's cache already.
+        """
         with torch.inference_mode(), sdpa_kernel(BACKENDS):
-            ids = torch.tensor([token for prompt in self.prompts for token in prompt], device=self.device)
-            lengths = self.positions - self.prefix
-            rows = torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths)
-            ends = lengths.cumsum(0)
-            positions = torch.arange(len(ids), device=self.device) - (ends - lengths)[rows] + self.prefix
-            longest = max(self.lengths)
+            first, width = len(self.lengths), max(map(len, texts))
+            begin = [self.prefix + n for n in held or [0] * len(texts)]
+            ends = [start + len(text) for start, text in zip(begin, texts, strict=True)]
+            lengths, starts = torch.tensor([list(map(len, texts)), begin], device=self.device)
+            last, tokens = lengths.cumsum(0) - 1, sum(map(len, texts))
+            # the very last one may come several times: it says the same again, and few shapes are met
+            each = torch.arange(few_shapes(tokens) if self.packed else tokens, device=self.device).clamp_(
+                max=tokens - 1
+            )
+            ids = torch.tensor([token for text in texts for token in text], device=self.device)[each]
+            rows = torch.repeat_interleave(torch.arange(len(texts), device=self.device), lengths)[each]
+            places = each - (last + 1 - lengths)[rows]  # in its text
+            positions = places + starts[rows]
+            seen = None  # of the places before a text, and in it
+            if any(begin):
+                within = torch.arange(width, device=self.device)[:, None]
+                seen = torch.arange(max(ends), device=self.device) <= starts[:, None, None, None] + within
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                keys, values = self.cache[layer]
+                keys, values = self.cache[layer, :, first : first + len(texts)]
                 keys[rows, :, positions] = k.to(self.cache_dtype)
                 values[rows, :, positions] = v.to(self.cache_dtype)
-                beside = keys.new_zeros(len(lengths), longest, *q.shape[1:])  # padded on the right, never looked at
-                beside[rows, positions] = q.to(self.cache_dtype)
+                beside = keys.new_zeros(len(texts), width, *q.shape[1:])  # padded on the right, never looked at
+                beside[rows, places] = q.to(self.cache_dtype)
                 out = F.scaled_dot_product_attention(
-                    beside.transpose(1, 2), keys[: len(lengths), :, :longest], values[: len(lengths), :, :longest],
-                    is_causal=True, enable_gqa=True,
+                    beside.transpose(1, 2), keys[:, :, : max(ends)], values[:, :, : max(ends)],
+                    attn_mask=seen, is_causal=seen is None, enable_gqa=True,
                 )  # fmt: skip
-                return out.transpose(1, 2)[rows, positions].to(self.dtype)
+                return out.transpose(1, 2)[rows, places].to(self.dtype)
 
-            return self.linear(self.hidden(ids, positions, attend)[ends - 1], self.head)
+            logits = self.linear(self.hidden(ids, positions, attend)[last], self.head)
+        self.lengths += ends
+        self.set_rows()
+        return logits
 
     def step(self, ids: Tensor) -> Tensor:
         """Take in one token a row, (rows,): logits of what follows, (rows, vocabulary), valid until the next step."""
@@ -182,13 +192,13 @@ class CachedGPT:
             x = x + behind(block.mlp.down_proj, self.linear(F.silu(gate).mul_(up), weights.down))
         return self.model.model.norm(x)
 
-    def repeat(self) -> None:
-        """Let every prompt stand in `copies` rows, one after another; logits of the prefill are as they were."""
+    def repeat(self, copies: int) -> None:
+        """Let every row stand in `copies` rows, one after another; logits of the prompts are as they were."""
         rows, used = len(self.lengths), max(self.lengths)
         with torch.inference_mode():
-            read = self.cache[:, :, :rows, :, :used].repeat_interleave(self.copies, 2)
-            self.cache[:, :, : rows * self.copies, :, :used] = read
-        self.lengths = [length for length in self.lengths for _ in range(self.copies)]
+            read = self.cache[:, :, :rows, :, :used].repeat_interleave(copies, 2)
+            self.cache[:, :, : rows * copies, :, :used] = read
+        self.lengths = [length for length in self.lengths for _ in range(copies)]
         self.set_rows()
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -199,6 +209,25 @@ class CachedGPT:
                 if new != old:
                     self.cache[:, :, new, :, :used] = self.cache[:, :, old, :, :used]
         self.lengths = [self.lengths[row] for row in rows]
+        self.set_rows()
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Let a row that is not in use hold the first tokens of another, in use or not."""
+        used = self.prefix + tokens
+        with torch.inference_mode():
+            self.cache[:, :, target, :, :used] = self.cache[:, :, source, :, :used]
+
+    def swap(self, one: int, other: int, tokens: int) -> None:
+        """Exchange the first tokens of two rows' caches; who is in use is the caller's to know."""
+        used = self.prefix + tokens
+        with torch.inference_mode():
+            both = self.cache[:, :, [one, other], :, :used]
+            self.cache[:, :, one, :, :used], self.cache[:, :, other, :, :used] = both[:, :, 1], both[:, :, 0]
+
+    def leave(self, row: int) -> None:
+        """Let the last row in use be in use no more, after it has been swapped with `row`."""
+        self.lengths[row] = self.lengths[-1]
+        self.lengths.pop()
         self.set_rows()
 
 
@@ -230,6 +259,19 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
+def few_shapes(rows: int) -> int:
+    """The next number of rows of which there are eight to a doubling. For every number of rows that a matrix is
+    multiplied with oneDNN makes a program, and keeps it: half a megabyte each."""
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
+
+
+def onednn_linear_alike(x: Tensor, weight: Tensor) -> Tensor:
+    """The same, and a row's numbers do not depend on how many others there are: for a single one oneDNN adds up in
+    another order than for two or more, between which there is no difference (a test holds this)."""
+    return onednn_linear(x.repeat(2, 1), weight)[:1] if len(x) == 1 else onednn_linear(x, weight)
+
+
 def attend_once(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """One place a row looks back: q (rows, kv_heads, queries that share a key, head_dim), keys and values (rows,
     kv_heads, window, head_dim), mask (rows, kv_heads, 1, window) of 0 and -inf. Gives what is like q."""
@@ -237,8 +279,12 @@ def attend_once(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     # as one batch of rows and heads
     q_, keys_, values_, mask_ = (x.flatten(0, 1) for x in (q, keys, values, mask))
-    scores = torch.baddbmm(mask_, q_, keys_.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(-1), values_).view_as(q)
+    shares = torch.baddbmm(mask_, q_, keys_.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
+    # a window at a time: in what order one product adds up depends on its length, and so on the other rows'
+    out = torch.bmm(shares[:, :, :WINDOW], values_[:, :WINDOW])
+    for start in range(WINDOW, keys.shape[2], WINDOW):
+        out.baddbmm_(shares[:, :, start : start + WINDOW], values_[:, start : start + WINDOW])
+    return out.view_as(q)
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:

@@ -49,11 +49,11 @@ def draw(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     room = [min(n, context - len(prompt)) for prompt, n in zip(prompts, limits, strict=True) for _ in range(copies)]
     longest = max(len(prompt) for prompt in prompts)
-    network = CachedGPT(model, prompts, min(longest + max(limits), context), copies=copies)
+    network = CachedGPT(model, len(prompts) * copies, min(longest + max(limits), context))
     answers, rows = [Drawn() for _ in room], list(range(len(room)))  # which answer each row of the batch is
     uniforms = uniforms.to(network.device)
-    logits = network.prefill().repeat_interleave(copies, 0)
-    network.repeat()
+    logits = network.add(prompts).repeat_interleave(copies, 0)
+    network.repeat(copies)
     for step in range(max(room)):
         chosen = choose(logits, temperature, vocab_size, uniforms[:, step])
         for row, token, logp, entropy in zip(rows, *chosen.tolist(), strict=True):

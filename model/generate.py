@@ -50,12 +50,13 @@ def stream(
     """
     check_arguments(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     room = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
-    network = CachedGPT(model, prompts, max(len(prompt) + more for prompt, more in zip(prompts, room, strict=True)))
+    longest = max(len(prompt) + more for prompt, more in zip(prompts, room, strict=True))
+    network = CachedGPT(model, len(prompts), longest)
     # what a row of the batch needs; rows leave it when they have finished
     rows = list(range(len(prompts)))  # which prompt each answers
     draws = uniforms(len(prompts), max(room), seed).to(network.device)
     seen = seen_tokens(prompts, model.config.vocab_size).to(network.device)
-    logits = network.prefill()
+    logits = network.add(prompts)
     for step in range(max(room)):
         with torch.inference_mode():
             scores = penalise_repetition(logits.float(), seen, repetition_penalty)[:, :vocab_size]

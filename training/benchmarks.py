@@ -7,7 +7,6 @@ Items and judging are evaluation/benchmark.py's; ranks share the items, each wit
 engine gathers for so long.
 """
 
-from dataset.records import expand_paths
 from dataset.tokenizer import TextTokenizer
 from evaluation.benchmark import How, judge_items, read_files, scores_of
 from evaluation.likelihood import Ranks
@@ -25,8 +24,7 @@ class Benchmarks:
         """Raises DataError and FileNotFoundError for files that cannot be asked."""
         self.engine, self.config, self.tokenizer, self.say = engine, config, tokenizer, say
         self.how = How(config.chats, max_new_tokens=MOST_TOKENS, max_rows=config.benchmark_rows)
-        files = expand_paths(config.eval_benchmark) if config.eval_benchmark else []
-        self.items, _ = read_files(files, self.how)
+        self.items, _ = read_files(config.eval_benchmark, self.how)
 
     def due(self, step: int, last: bool) -> bool:
         interval = self.config.benchmark_interval

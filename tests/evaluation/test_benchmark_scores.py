@@ -83,6 +83,9 @@ def test_items_that_are_cut_or_do_not_fit_are_counted(make_model, tokenizer: Tok
     run = judge_files(model, tokenizer, [path], How(max_new_tokens=4))
     assert [each.id for each in run.outcomes] == ["rows:1", "rows:3", "rows:4"]
     assert sorted(run.counts.values()) == [1, 2]
+    alone = write_jsonl(tmp_path / "alone.jsonl", rows[1:2])
+    with pytest.raises(ValueError, match=r"alone.jsonl: no item is left to judge"):
+        judge_files(model, tokenizer, [alone], How())
     with pytest.raises(DataError, match="found an item of one task and id twice"):
         judge_files(model, tokenizer, [path, path], How())
 

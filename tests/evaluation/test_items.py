@@ -90,6 +90,8 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path: Path, row: dict[str, Any]
 def test_an_id_stands_once_and_a_row_has_its_keys(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:2: found the id 'a' a second time"):
         read(tmp_path, ROW | {"id": "a"}, ROW | {"id": "a"})
+    with pytest.raises(FileNotFoundError, match=r"nowhere.jsonl: no such file; expected one of rows like .*choices"):
+        read_items(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match=r"rows.jsonl:1: found no answer, expected .*choices"):
         read(tmp_path, {"kind": "choice", "question": "?"})
 

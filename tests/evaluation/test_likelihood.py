@@ -1,12 +1,14 @@
 """Log-likelihoods of branches behind a shared beginning are those of whole sequences, one at a time."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from dataset import Tokenizer
+from dataset import Tokenizer, load_tokenizer
 from evaluation.likelihood import ALONE, Pair, Ranks, fit, log_likelihoods, split
+from tests.dataset.foreign import CHATML, make_foreign_folder
 
 GROUPS = [
     [Pair([1, 5, 6, 7, 8, 9], 4), Pair([1, 5, 6, 7, 20], 4), Pair([1, 5, 6, 7, 30, 31, 32], 4)],
@@ -75,3 +77,11 @@ def test_what_does_not_fit_is_cut_at_its_beginning_and_nothing_that_is_judged_is
     assert fit(pair, 8) == Pair(list(range(1, 10)), 5)
     assert fit(pair, 4) == Pair(list(range(5, 10)), 1)
     assert fit(pair, 3) is None
+
+
+def test_a_tokenizer_without_a_beginning_reads_an_empty_context_as_its_end(tmp_path: Path) -> None:
+    foreign = load_tokenizer(make_foreign_folder(tmp_path / "qwen", CHATML))
+    assert foreign.bos_id is None
+    assert split(foreign, "", "yes") == Pair([foreign.eos_id, *foreign.encode("yes")], 1)
+    whole = foreign.encode("Answer: yes")
+    assert split(foreign, "Answer:", " yes") == Pair(whole, len(foreign.encode("Answer:")))

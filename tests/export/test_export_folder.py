@@ -8,6 +8,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from evaluation.benchmark import Run, Score, write_json
 from model import load_pretrained, save_pretrained
 from scripts import convert
 from tests.helpers import ROOT
@@ -32,7 +33,8 @@ def run(tmp_path, make_model, tokenizer):
         {"step": 3, "loss": None},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 4, "lo')
-    (folder / "benchmark.json").write_text(json.dumps({"arc": {"accuracy": 0.2725, "chance": 0.25}, "model": "x"}))
+    scores = [Score("task", "arc", "choice", 1000, 0.2725, 0.2458, 0.3010, 0.25)]
+    write_json(folder / "benchmark.json", Run("x", {}, [], scores, [], {}).to_json())
     shutil.copyfile(ROOT / "docs/images/real_dpo.png", folder / "loss.png")
     return folder
 
@@ -62,7 +64,7 @@ def test_a_card_says_what_the_run_left_and_not_where(tmp_path, run):
     for told in (
         "A Qwen3-style model of 0.2 M parameters", "Stage: full_sft. Started from: pretrain_32.", "| *.jsonl | 3 |",
         "| b.jsonl | not read again: FileNotFoundError |", "batch_size: 7", "| loss | 2.5 |", "| val bpb | 0.75 |",
-        "| arc accuracy | 0.2725 |", "![loss](loss.png)",
+        "| arc | 1,000 | 27.3% (24.6% to 30.1%) | 25.0% |", "![loss](loss.png)",
     ):  # fmt: skip
         assert told in card, told
     assert str(tmp_path) not in card and (tmp_path / "away/loss.png").is_file()

@@ -1,5 +1,6 @@
 """GGUF files: read back with gguf, and opened by llama.cpp, which gives the same ids, logits and answers."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -40,15 +41,18 @@ def ids_there(llama, text: str, special: bool = False) -> list[int]:
 
 @pytest.fixture
 def opened(tmp_path):
-    """opened(model, tokenizer, dtype) -> llama_cpp.Llama of the file written, skipped where llama.cpp is not there."""
+    """opened(model, tokenizer) -> llama_cpp.Llama of the file written; skipped where llama.cpp is not there."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs `pip install llama-cpp-python`, the extra llamacpp")
+    settings = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
+    settings |= dict.fromkeys(("type_k", "type_v"), llama_cpp.GGML_TYPE_F32)  # the cache; of 16 bits by itself
+    with contextlib.ExitStack() as stack:
 
-    def load(model: GPT, tokenizer: TextTokenizer, dtype: str = "f32"):
-        path = tmp_path / f"{len(list(tmp_path.glob('*.gguf')))}.gguf"
-        write_gguf(model, tokenizer, path, dtype, "test")
-        return llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+        def load(model: GPT, tokenizer: TextTokenizer):
+            path = tmp_path / f"{len(list(tmp_path.glob('*.gguf')))}.gguf"
+            write_gguf(model, tokenizer, path, "f32", "test")
+            return stack.enter_context(contextlib.closing(llama_cpp.Llama(str(path), **settings)))
 
-    return load
+        yield load
 
 
 def logits_there(llama, ids: list[int]) -> torch.Tensor:
@@ -126,8 +130,7 @@ def test_ids_and_answers_are_those_of_a_foreign_tokenizer(opened, make_model, tm
     texts = [text.replace("</s>", "") for text in TEXTS] if family == "llama2" else TEXTS  # as a note says
     assert [ids_there(llama, text) for text in texts] == [theirs.encode(text) for text in texts]
     prompt = render_chat(theirs, CHAT, add_generation_prompt=True).ids
-    formatted = theirs.decode(prompt, skip_control=False)
-    assert ids_there(llama, formatted, special=True) == prompt
+    assert ids_there(llama, theirs.apply_template(CHAT, None, True), special=True) == prompt
 
 
 CHAT = [
@@ -146,7 +149,9 @@ def test_a_chat_is_answered_as_we_answer_it(opened, make_model, tokenizer):
     there = llama.create_chat_completion(CHAT, max_tokens=40, temperature=0.0, repeat_penalty=1.0)
     assert there["usage"]["prompt_tokens"] == len(prompt)
     shown = tokenizer.decode([i for i in answer.ids if i not in HIDDEN], skip_control=False)
-    assert there["choices"][0]["message"]["content"] == shown
+    assert there["choices"][0]["message"]["content"] == shown.replace(
+        "\ufffd", ""
+    )  # halves of characters it leaves out
 
 
 HIDDEN = {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12}  # control tokens that llama.cpp does not show
@@ -158,7 +163,7 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     return fields, {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
 
 
-@pytest.mark.parametrize(("dtype", "within"), [("f32", 0), ("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 1e-2)])
+@pytest.mark.parametrize(("dtype", "within"), [("f16", 1e-3), ("q8_0", 1e-2)])
 def test_weights_and_settings_are_read_back(tmp_path, make_model, tokenizer, dtype, within):
     model = make_model(vocab_size=6403, dim=64, n_kv_heads=2, max_seq_len=77)
     write_gguf(model, tokenizer, tmp_path / "x.gguf", dtype, "x")
@@ -182,6 +187,16 @@ def test_weights_and_settings_are_read_back(tmp_path, make_model, tokenizer, dty
     keys = tensors["blk.1.attn_k.weight"].reshape(2, 8, 2, 64).transpose(0, 2, 1, 3).reshape(32, 64)
     close(keys, weights["model.layers.1.self_attn.k_proj.weight"], within)
     close(tensors["blk.0.attn_norm.weight"], weights["model.layers.0.input_layernorm.weight"], 0)
+
+
+def test_matrices_that_q8_0_cannot_hold_stay_16_bits_and_are_counted(tmp_path, make_model, tokenizer):
+    model = make_model(vocab_size=6400)  # rows of 32, and of 48 in two down projections
+    assert write_gguf(model, tokenizer, tmp_path / "x.gguf", "q8_0", "x")[-1].startswith("2 matrices have rows")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    assert (
+        kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    )
+    assert kinds["output_norm.weight"] == "F32"
 
 
 def close(found: np.ndarray, expected: torch.Tensor, within: float) -> None:

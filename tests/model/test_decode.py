@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import generate
-from model.decode import WINDOW, CachedGPT, onednn_fits
+from model.decode import WINDOW, CachedGPT, few_shapes, onednn_fits
 from tests.model.test_generate import greedy_without_cache
 
 PROMPTS = [[5, 9, 2, 40, 7, 11, 30], [3], [60, 1, 4]]
@@ -34,9 +34,9 @@ def whole(model, ids: list[int]) -> torch.Tensor:
 def test_a_step_equals_the_whole_forward_pass(make_model, shape, rows, static):
     model = make_model(**shape)
     prompts = PROMPTS[:rows]
-    decoder = CachedGPT(model.train(), prompts, 40, static)  # dropout never acts here
+    decoder = CachedGPT(model.train(), rows, 40, static)  # dropout never acts here
     model.eval()
-    logits = decoder.prefill()
+    logits = decoder.add(prompts)
     for step in range(NEXT.shape[1] + 1):
         texts = [prompt + row[:step].tolist() for prompt, row in zip(prompts, NEXT, strict=False)]
         expected = torch.stack([whole(model, text) for text in texts])
@@ -51,8 +51,8 @@ def test_bfloat16_rounds_no_more_than_the_whole_forward_pass(make_model, rows):
     texts = [[*prompt, 8] for prompt in PROMPTS[:rows]]
     exact = torch.stack([whole(model, text) for text in texts])
     model.to(torch.bfloat16)
-    decoder = CachedGPT(model, PROMPTS[:rows], 10)
-    decoder.prefill()
+    decoder = CachedGPT(model, rows, 10)
+    decoder.add(PROMPTS[:rows])
     found = decoder.step(torch.full((rows,), 8))
     assert found.dtype == torch.bfloat16
     plain = torch.stack([whole(model, text) for text in texts])
@@ -68,8 +68,8 @@ def test_attention_sees_past_one_window(make_model):
 @pytest.mark.parametrize("static", [False, True])
 def test_rows_that_leave_change_nothing_for_the_others(make_model, static):
     model = make_model()
-    decoder = CachedGPT(model, PROMPTS, 40, static)
-    decoder.prefill()
+    decoder = CachedGPT(model, 3, 40, static)
+    decoder.add(PROMPTS)
     decoder.step(torch.tensor([1, 2, 3]))
     decoder.keep([0, 2])
     two = decoder.step(torch.tensor([4, 5])).clone()
@@ -82,11 +82,16 @@ def test_rows_that_leave_change_nothing_for_the_others(make_model, static):
 
 def test_a_full_row_does_not_disturb_the_others(make_model):
     model = make_model()
-    decoder = CachedGPT(model, [[1, 2, 3], [4]], 4)
-    decoder.prefill()
+    decoder = CachedGPT(model, 2, 4)
+    decoder.add([[1, 2, 3], [4]])
     for step in range(3):
         logits = decoder.step(NEXT[:2, step])
     torch.testing.assert_close(logits[1], whole(model, [4, *NEXT[1, :3].tolist()]), atol=2e-5, rtol=1e-5)
+
+
+def test_prompts_of_all_lengths_meet_few_shapes():
+    found = {rows: few_shapes(rows) for rows in range(1, 2049)}
+    assert all(rows <= size <= rows * 9 / 8 for rows, size in found.items()) and len(set(found.values())) == 72
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -216,6 +216,11 @@ def test_an_adapter_is_merged_into_a_whole_folder(base, tmp_path, capsys):
     opened, merged = load_pretrained(adapter), load_pretrained(into)
     assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in opened.state_dict().items())
     assert (into / "chat_template.jinja").is_file()
+    start, twice = base / "start/pretrain_32", tmp_path / "twice"
+    several = [str(adapter), str(adapter), "--base", str(start), "--to", "adapter_merged", "--out", str(twice)]
+    assert convert.main(several) == 0
+    stacked = load_pretrained(start, adapters=[adapter, adapter]).state_dict()
+    assert all(torch.equal(t, stacked[name]) for name, t in load_pretrained(twice).state_dict().items())
     assert convert.main([str(adapter), "--to", "adapter_merged", "--out", str(into)]) == 2
     assert convert.main([str(into), "--to", "adapter_merged", "--out", str(tmp_path / "other")]) == 2
     said = capsys.readouterr().err
