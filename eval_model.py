@@ -124,7 +124,7 @@ def open_model(arguments: argparse.Namespace, world: World, name: str | None = N
     from dataset import load_tokenizer
     from model import load_config, load_pretrained
     from model.adapter_folder import tokenizer_folder
-    from training.distributed import pick_device, pick_dtype
+    from training.distributed import pick_to_answer
 
     adapters = [model_folder(each, arguments.out_dir) for each in arguments.adapter]
     if name is not None:
@@ -132,9 +132,7 @@ def open_model(arguments: argparse.Namespace, world: World, name: str | None = N
     else:
         folder = adapters.pop(0) if adapters and not arguments.model else find_folder(arguments)
     check_shape(arguments, load_config(folder), folder)
-    device = pick_device(arguments.device, world)
-    # the CPU stays at full precision unless asked: its answers do not depend on the machine then
-    dtype = pick_dtype("float32" if (arguments.dtype, device.type) == ("auto", "cpu") else arguments.dtype, device)
+    device, dtype = pick_to_answer(arguments.device, arguments.dtype, world)
     model = load_pretrained(folder, device, dtype, adapters)
     tokenizer = load_tokenizer(tokenizer_folder(folder, adapters))
     stacked = [folder, *adapters]

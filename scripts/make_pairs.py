@@ -32,7 +32,7 @@ from evaluation.reward_model import judges
 from model import GPT, load_pretrained
 from model.adapter_folder import tokenizer_folder
 from training.config import model_folder
-from training.distributed import World, pick_device, pick_dtype
+from training.distributed import pick_to_answer
 from training.groups import Group, Sampling
 from training.rollout import roll_out
 
@@ -116,8 +116,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Raises ValueError where no pair is left to write."""
     folder = model_folder(arguments.model, arguments.out_dir)
-    device = pick_device(arguments.device, World())
-    dtype = pick_dtype("float32" if (arguments.dtype, device.type) == ("auto", "cpu") else arguments.dtype, device)
+    device, dtype = pick_to_answer(arguments.device, arguments.dtype)
     reward = Reward(arguments.reward, arguments.reward_weights, judges(device))
     model, tokenizer = load_pretrained(folder, device, dtype), load_tokenizer(tokenizer_folder(folder))
     prompts, report = read_prompts(arguments.data_path, model, tokenizer, arguments.max_prompts)

@@ -85,9 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
         from serving.app import create_app
         from serving.guard import Limits
         from serving.run import listen
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     models = load(arguments)
+    if arguments.threads:  # after the device was picked, which has an opinion on this
+        torch.set_num_threads(arguments.threads)
     app = create_app(
         models, api_key=arguments.api_key, slots=arguments.slots, context=arguments.context,
         max_waiting=arguments.max_waiting, limits=Limits(arguments.max_body_bytes, arguments.max_seconds),
@@ -115,10 +115,9 @@ def load(arguments: argparse.Namespace) -> list[Served]:
     from model.adapter_folder import tokenizer_folder
     from model.config import check_writes
     from serving.engine import Served
-    from training.distributed import World, pick_device, pick_dtype
+    from training.distributed import pick_to_answer
 
-    device = pick_device(arguments.device, World())
-    dtype = pick_dtype("float32" if (arguments.dtype, device.type) == ("auto", "cpu") else arguments.dtype, device)
+    device, dtype = pick_to_answer(arguments.device, arguments.dtype)
     found: dict[str, Served] = {}
     for typed in arguments.model:
         name, _, given = typed.rpartition("=")

@@ -176,6 +176,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def pick_to_answer(device: str, dtype: str, world: World | None = None) -> tuple[torch.device, torch.dtype]:
+    """Where and how precisely a model answers that is not being trained: as above, but a CPU stays at float32 unless
+    asked, so that its answers do not depend on which one it is."""
+    found = pick_device(device, world or World())
+    return found, pick_dtype("float32" if (dtype, found.type) == ("auto", "cpu") else dtype, found)
+
+
 def use_tensor_cores(device: torch.device, dtype: torch.dtype) -> None:
     """Where float32 is asked for on a GPU, its matrix products go through the tensor cores, as TF32: float32's range
     and sums, 10 bits of mantissa in what is multiplied (as float16 has), at several times the speed. All else stays

@@ -58,7 +58,7 @@ def whole(text: str) -> tuple[str, str, list[Call]]:
     return thought[1] if thought else "", re.sub(r"<tool_call>(.*?)</tool_call>", take, rest, flags=re.DOTALL), calls
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(PARTS)
 def test_a_stream_says_what_the_whole_answer_says(parts):
     ids = encode(parts)
@@ -89,7 +89,7 @@ def test_what_never_ends_is_told_in_the_end():
     assert together(told(ChatReader(TOKENIZER), encode([" <thi"]))) == ("", " <thi", [])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.text("abc", max_size=4), max_size=8), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string_wherever_it_is_cut(pieces, stop):
     reader, text = StopStrings(stop), "".join(pieces)

@@ -53,7 +53,7 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path, capsys):
     folders = make_memorised(tmp_path / "memorised"), make_talker(tmp_path / "talker", max_seq_len=256)
     rng = random.Random(0)
     with serving("--model", *folders, "--threads", 1) as server:
-        asyncio.run(load(server.url, 500, rng))  # what is made at the first use
+        asyncio.run(load(server.url, 1000, rng))  # what is made at the first use
         assert server.idle()
         before = server.memory()
         statuses = asyncio.run(load(server.url, 2000, rng))
