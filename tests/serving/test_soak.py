@@ -12,7 +12,7 @@ import pytest
 from tests.memorised import make_memorised
 from tests.serving.served import make_talker, serving
 
-GROWTH = 24 << 20  # bytes; 2,000 answers that are never forgotten are twice as much
+GROWTH = 32 << 20  # bytes; 2,000 answers that are never forgotten would be more
 
 
 def request(rng: random.Random) -> tuple[str, bytes]:
