@@ -69,7 +69,9 @@ def main() -> int:
             console.print(f"    {stage:10} {answer(folders[stage], prompt)}", markup=False)
     console.print(f"\nPlots: {', '.join(str(each / 'loss.png') for each in folders.values())}", soft_wrap=True)
     console.print(
-        f"Chat:  source .venv/bin/activate && python eval_model.py --model {folders['dpo']}\n", soft_wrap=True
+        f"Chat:  source .venv/bin/activate && python eval_model.py --model {folders['dpo']}\n"
+        f"Page:  python scripts/serve.py --model {folders['full_sft']} {folders['dpo']}\n",
+        soft_wrap=True,
     )
     missed = goals_missed(scores, open_answers, drawn)
     for goal in missed:
