@@ -20,7 +20,8 @@ if ! cmp -s pyproject.toml .venv/installed-pyproject.toml; then
 fi
 if [ "${SEEDLING_BROWSER:-0}" = 1 ] && ! command -v chromium >/dev/null; then
     echo "installing chromium ..."
-    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } >/dev/null ||
+    DEBIAN_FRONTEND=noninteractive timeout 300 \
+        sh -c "apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium" >/dev/null ||
         echo "note: no chromium: apt-get failed (does it have root, and a network?); tests of the chat page are skipped" >&2
 fi
 if [ "${SEEDLING_LLAMACPP:-0}" = 1 ] && ! python -c 'import llama_cpp' 2>/dev/null; then
