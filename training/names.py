@@ -98,7 +98,7 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "num_workers": NOT_HERE + "tokens are cached on disk and read ahead by a thread",
     "dataloader_num_workers": NOT_HERE + "tokens are cached on disk and read ahead by a thread",
     "preprocessing_num_workers": NOT_HERE + "tokens are cached on disk and read ahead by a thread",
-    "push_to_hub": NOT_HERE + "a run folder is a Hugging Face folder; upload it with their tool",
+    "push_to_hub": NOT_HERE + "python scripts/convert.py RUN --to hf --out FOLDER --push_to_hub USER/NAME",
     "train": "keys are flat here: what stands under train is a key of its own, as micro_batch_size is batch_size",
     "eval": "keys are flat here: what stands under eval is a key of its own, as interval is eval_interval",
     # how much, how fast
@@ -208,8 +208,8 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "run_name": "--wandb_run_name with --use_wandb",
     "project": "--wandb_project",
     "project_name": "--wandb_project",
-    "core_metric_every": NOT_HERE + "eval_model.py scores files of rows, after training",
-    "chatcore_every": NOT_HERE + "eval_model.py scores files of rows, after training",
+    "core_metric_every": "--benchmark_interval with --eval_benchmark FILES",
+    "chatcore_every": "--benchmark_interval with --eval_benchmark FILES",
     "do_train": NOT_HERE + "train_*.py trains, eval_model.py scores",
     "do_eval": NOT_HERE + "train_*.py trains, eval_model.py scores",
     # other ways of training
