@@ -98,7 +98,7 @@ ELSEWHERE = {  # their name, `_` for `-`: ours, or a sentence; of several parted
     "num_workers": NOT_HERE + "tokens are cached on disk and read ahead by a thread",
     "dataloader_num_workers": NOT_HERE + "tokens are cached on disk and read ahead by a thread",
     "preprocessing_num_workers": NOT_HERE + "tokens are cached on disk and read ahead by a thread",
-    "push_to_hub": NOT_HERE + "python scripts/convert.py RUN --to hf --out FOLDER --push_to_hub USER/NAME",
+    "push_to_hub": NOT_HERE + "scripts/convert.py makes a folder to give away of a run, and uploads it",
     "train": "keys are flat here: what stands under train is a key of its own, as micro_batch_size is batch_size",
     "eval": "keys are flat here: what stands under eval is a key of its own, as interval is eval_interval",
     # how much, how fast
