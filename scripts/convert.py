@@ -141,8 +141,10 @@ def to_pth(model: GPT, tokenizer: TextTokenizer, part: Path, arguments: argparse
 def to_gguf(model: GPT, tokenizer: TextTokenizer, part: Path, arguments: argparse.Namespace, run: Path) -> list[str]:
     try:
         from export.gguf_file import write_gguf
-    except ImportError as error:
-        raise ValueError(f"--to gguf needs the gguf package ({error}): `pip install gguf`") from None
+    except ImportError:
+        raise ValueError(
+            '--to gguf needs the package gguf; install the extra "export": pip install -e ".[export]"'
+        ) from None
     theirs = {name: short for short, name in DTYPES.items()}
     dtype = theirs.get(chosen := arguments.dtype or DEFAULT["gguf"], chosen)
     return write_gguf(model, tokenizer, part, dtype, arguments.out.stem)

@@ -73,6 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as missing:
+        print(
+            f'error: a server needs {missing.name}; install the extra "serve": pip install -e ".[serve]"',
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

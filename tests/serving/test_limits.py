@@ -1,7 +1,10 @@
 """A small server: one slot, one place to wait, a key; and what a stop lets come to its end."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +21,32 @@ from scripts.serve import main, parse
 from serving.app import create_app
 from serving.engine import Served
 from serving.guard import Limits
+from tests.helpers import ROOT, environment
 from tests.serving.served import Server, make_talker, serving
 
 KEY = "a key"
 LONG = {"model": "talker", "prompt": "So", "stream": True, "max_tokens": 2000}
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        (["scripts/serve.py", "--model", "x"], "fastapi", "serve"),
+        (["scripts/convert.py", "{model}", "--to", "gguf", "--out", "{model}.gguf"], "gguf", "export"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, command, package, extra):
+    blocked = tmp_path / "blocked" / f"{package}.py"
+    blocked.parent.mkdir()
+    blocked.write_text(f"raise ModuleNotFoundError('No module named {package}', name='{package}')")
+    model = make_talker(tmp_path / "talker", max_seq_len=16)
+    words = [word.format(model=model) for word in command]
+    path = os.pathsep.join([str(blocked.parent), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert package in done.stderr and f'pip install -e ".[{extra}]"' in done.stderr
 
 
 @pytest.fixture(scope="module")
