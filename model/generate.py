@@ -16,6 +16,7 @@ from model.config import check_writes
 from model.decode import CachedGPT
 from model.gpt import GPT
 
+COLD = 1e-6  # a temperature below is as good as 0, and logits over it could be infinite
 FEW = 128  # tokens looked at first for top_p
 LEAVE = 0.75  # finished rows leave when so few of the batch are left: leaving costs a copy of the others' cache
 
@@ -154,7 +155,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
     """One token a row: (batch, vocabulary), (batch, 1) in [0, 1) -> (batch, 1). top_p is nucleus sampling
     (arXiv:1904.09751). The token is where the running sum of probabilities passes `uniform` (inverse transform
     sampling), so a draw costs one random number."""
-    if temperature == 0:
+    if temperature < COLD:
         return logits.argmax(-1, keepdim=True)
     candidates = None
     if 0 < top_k < logits.shape[-1]:

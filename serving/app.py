@@ -36,7 +36,8 @@ from serving.protocol import Request as Asked
 from serving.telling import ChatTeller, CompletionTeller, EventStream, whole_answer
 
 A = TypeVar("A", bound=Asked)
-STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON, or [DONE]"}}}  # each of them
+STREAM: dict[str, Any] = {"text/event-stream": {"schema": EVENT}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 

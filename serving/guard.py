@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.errors import ApiError
 from serving.metrics import Metrics
 
+DRAINED = 1 << 24  # bytes too many that are read, and not kept: who is cut off while sending never reads why
 OPEN = ("/", "/health")  # to everyone, as are the files of the page: they hold nothing secret
 
 
@@ -78,17 +79,19 @@ class Guard:
     async def body(self, scope: Scope, receive: Receive) -> bytes:
         most = self.limits.body_bytes
         declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdecimal() and int(declared) > most:
+        if declared.isdecimal() and int(declared) > most + DRAINED:
             raise self.too_large(f"{declared} bytes")
         parts, size, more = [], 0, True
-        while more:
+        while more and size <= most + DRAINED:
             message = await receive()
             if message["type"] == "http.disconnect":
                 break
-            parts.append(message.get("body", b""))
-            size, more = size + len(parts[-1]), message.get("more_body", False)
-            if size > most:
-                raise self.too_large(f"more than {most} bytes")
+            part = message.get("body", b"")
+            size, more = size + len(part), message.get("more_body", False)
+            if size <= most:
+                parts.append(part)
+        if size > most:
+            raise self.too_large(f"more than {most} bytes" if declared == "0" else f"{declared} bytes")
         return b"".join(parts)
 
     def too_large(self, found: str) -> ApiError:

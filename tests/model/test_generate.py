@@ -222,3 +222,9 @@ def test_a_seed_leaves_the_global_random_state_alone(make_model):
 def test_settings_out_of_range_are_named(make_model, prompts, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(make_model(), prompts, **{"max_new_tokens": 4} | settings)
+
+
+def test_a_temperature_next_to_nothing_is_none(make_model):
+    model = make_model()
+    greedy, cold = (generate(model, [[1, 7, 9]], max_new_tokens=8, temperature=t, seed=0) for t in (0, 4.5e-51))
+    assert cold == greedy
