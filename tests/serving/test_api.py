@@ -367,7 +367,9 @@ def test_the_schema_is_true(calm, path, mode):
     """What it allows is answered in the form it says, and what it forbids is refused."""
     operation = schemathesis.openapi.from_url(f"{calm.url}openapi.json")[path]["POST" if path in POST else "GET"]
 
-    @hypothesis.settings(max_examples=12, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
     @hypothesis.given(operation.as_strategy(generation_mode=mode))
     def every(case: Any) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
