@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
+    import torch
+
     from dataset import TextTokenizer
     from model import GPT
 
@@ -116,14 +118,18 @@ def open_source(arguments: argparse.Namespace) -> tuple[GPT, TextTokenizer, Path
     return model, load_tokenizer(tokenizer_folder(first, others)), folders[-1]
 
 
-def to_folder(model: GPT, tokenizer: TextTokenizer, part: Path, arguments: argparse.Namespace, run: Path) -> list[str]:
+def torch_dtype(arguments: argparse.Namespace) -> torch.dtype:
     import torch
 
+    chosen = arguments.dtype or DEFAULT[arguments.to]
+    return getattr(torch, DTYPES.get(chosen, chosen))
+
+
+def to_folder(model: GPT, tokenizer: TextTokenizer, part: Path, arguments: argparse.Namespace, run: Path) -> list[str]:
     from export.card import About, write_card
     from export.folder import write_folder
 
-    dtype = getattr(torch, DTYPES.get(chosen := arguments.dtype or DEFAULT[arguments.to], chosen))
-    write_folder(model, tokenizer, part, dtype, arguments.max_shard_size)
+    write_folder(model, tokenizer, part, torch_dtype(arguments), arguments.max_shard_size)
     if arguments.to == "hf":
         name = arguments.push_to_hub or arguments.out.name
         write_card(model, run, part, About(name, arguments.license, tuple(arguments.language)))
@@ -131,11 +137,9 @@ def to_folder(model: GPT, tokenizer: TextTokenizer, part: Path, arguments: argpa
 
 
 def to_pth(model: GPT, tokenizer: TextTokenizer, part: Path, arguments: argparse.Namespace, run: Path) -> list[str]:
-    import torch
-
     from export.pth import write_pth
 
-    return write_pth(model, part, getattr(torch, DTYPES.get(chosen := arguments.dtype or DEFAULT["pth"], chosen)))
+    return write_pth(model, part, torch_dtype(arguments))
 
 
 def to_gguf(model: GPT, tokenizer: TextTokenizer, part: Path, arguments: argparse.Namespace, run: Path) -> list[str]:

@@ -22,13 +22,9 @@ class Benchmarks:
 
     def __init__(self, engine: Engine, config: Config, tokenizer: TextTokenizer, say: Say):
         """Raises DataError and FileNotFoundError for files that cannot be asked."""
-        self.engine, self.config, self.tokenizer, self.say = engine, config, tokenizer, say
+        self.engine, self.tokenizer, self.say = engine, tokenizer, say
         self.how = How(config.chats, max_new_tokens=MOST_TOKENS, max_rows=config.benchmark_rows)
         self.items, _ = read_files(config.eval_benchmark, self.how)
-
-    def due(self, step: int, last: bool) -> bool:
-        interval = self.config.benchmark_interval
-        return bool(self.items) and (last or (interval > 0 and step % interval == 0))
 
     def look(self, step: int) -> dict[str, float]:
         """Accuracies of the model as it stands, of every task; and perplexities, where answers have one."""

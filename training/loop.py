@@ -326,7 +326,7 @@ class Run:
         config, progress = self.config, self.progress
         last = progress.step == self.total_steps
         evaluate = not stopped and (last or due(progress.step, config.eval_interval))
-        benchmark = not stopped and self.benchmarks.due(progress.step, last)
+        benchmark = self.benchmarks.items and not stopped and (last or due(progress.step, config.benchmark_interval))
         logged = last or stopped or benchmark or due(progress.step, config.log_interval)
         if logged or (evaluate and self.held_out):
             learnt = self.pending
