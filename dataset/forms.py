@@ -362,6 +362,13 @@ def encode_document(tokenizer: TextTokenizer, ids: list[int]) -> list[int]:
     return [*start_document(tokenizer, ids), tokenizer.eos_id]
 
 
+def asked_alone(tokenizer: TextTokenizer, text: str, chat: bool) -> list[int]:
+    """Ids of a prompt with nothing before it: a question to a model that chats, else the beginning of a document."""
+    if chat:
+        return render_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True).ids
+    return start_document(tokenizer, tokenizer.encode(text))
+
+
 def spans_of(mask: list[bool]) -> list[tuple[int, int]]:
     """[F, T, T, F, T] -> [(1, 3), (4, 5)]."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], np.asarray(mask, dtype=np.int8), [0]))))

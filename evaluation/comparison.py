@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset import TextTokenizer, render_chat
-from dataset.forms import start_document
+from dataset import TextTokenizer
+from dataset.forms import asked_alone
 from evaluation.benchmark import FILE, PICTURE, Outcome, Run, grouped, write_json
 from evaluation.benchmark_plot import draw
 from evaluation.calibration import Z
@@ -165,11 +165,6 @@ def answers_to(
     model: GPT, tokenizer: TextTokenizer, chat: bool, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """Greedy answers to single questions, or how texts go on. Raises ValueError for a prompt that fills the context."""
-    ids = [
-        render_chat(tokenizer, [{"role": "user", "content": each}], add_generation_prompt=True).ids
-        if chat
-        else start_document(tokenizer, tokenizer.encode(each))
-        for each in prompts
-    ]
+    ids = [asked_alone(tokenizer, each, chat) for each in prompts]
     answers = answer_ids(model, tokenizer, ids, max_new_tokens=max_new_tokens)
     return [tokenizer.decode(each.ids, skip_control=False).strip() for each in answers]

@@ -25,9 +25,8 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
-from dataset import render_chat
 from dataset.batch import Batch
-from dataset.forms import start_document
+from dataset.forms import asked_alone
 from model import GPT, generate
 from training import checkpoint, distributed
 from training.answers import Answers
@@ -376,10 +375,7 @@ class Run:
             self.metrics.sample(self.progress.step, *shown)
             return
         prompt = self.config.sample_prompt or ("Who are you?" if self.config.chats else "Once upon a time")
-        if self.config.chats:
-            ids = render_chat(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
-        else:
-            ids = start_document(self.tokenizer, self.tokenizer.encode(prompt))
+        ids = asked_alone(self.tokenizer, prompt, self.config.chats)
         with self.engine.generator() as model:
             if self.engine.world.rank != 0:
                 return
