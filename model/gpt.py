@@ -146,21 +146,26 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None, layout: Layout | None) -> Tensor:
         x = self.embed_tokens(input_ids)
+        return self.norm(self.through(self.layers, x, self.context(x, input_ids, position_ids, layout)))
+
+    def context(self, x: Tensor, ids: Tensor, position_ids: Tensor | None, layout: Layout | None) -> Context:
+        """What the blocks that x goes through need beside it."""
         dropout = self.config.dropout if self.training else 0.0
-        dtype = computed_in(self.embed_tokens.weight)
-        context = prepare(input_ids, position_ids, layout, self.config, dtype, dropout, self.prefix_length)
-        for block in self.layers:
+        return prepare(ids, position_ids, layout, self.config, computed_in(x), dropout, self.prefix_length)
+
+    def through(self, blocks: Iterable[nn.Module], x: Tensor, context: Context) -> Tensor:
+        for block in blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)
-        return self.norm(x)
+        return x
 
 
-def computed_in(weight: Tensor) -> torch.dtype:
-    """The type of a product with this weight: autocast's, where that is on."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def computed_in(x: Tensor) -> torch.dtype:
+    """The type of a product with x: autocast's, where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class GPT(nn.Module):
@@ -205,7 +210,7 @@ class GPT(nn.Module):
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks in order: what is sharded, compiled or recomputed one by one."""
-        return list(self.model.layers)
+        return list(self.model.layers.children())
 
     def recompute_activations(self, wanted: bool) -> None:
         """Whether training keeps only what enters a block, and computes the rest again in the backward pass."""
@@ -252,8 +257,12 @@ class GPT(nn.Module):
                 result is what it gives. `summed_nll` gives the sum, without a second head product for the gradient.
         """
         hidden = self.model(input_ids, position_ids, layout)
-        if labels is None:
-            return F.linear(hidden, self.head_weight)
+        return F.linear(hidden, self.head_weight) if labels is None else self.said(hidden, labels, learnt, criterion)
+
+    def said(
+        self, hidden: Tensor, labels: Tensor, learnt: Tensor | None = None, criterion: "Criterion | None" = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The last part of `forward`, of hidden states behind the last norm: what is made of the places that learn."""
         if learnt is None:
             learnt = (labels != IGNORE).flatten().nonzero()[:, 0]
         hidden, weight = (x.to(computed_in(x)) for x in (hidden, self.head_weight))

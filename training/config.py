@@ -92,6 +92,7 @@ class Config:
     previous: ClassVar[str | None] = None  # the stage whose model this one starts from
     chats: ClassVar[bool] = True  # whether its model is asked, or has a text to go on with
     scores: ClassVar[bool] = False  # whether its model gives a score and writes nothing
+    splits: ClassVar[bool] = True  # whether ranks may hold its model between them; not one that writes while it learns
 
     data_path: list[str] = flag(
         [],
@@ -229,6 +230,32 @@ class Config:
         "fsdp: drop gathered parameters after every pass (less memory) or keep them until an update is over (fewer "
         "gathers); by default kept where a whole copy takes no more than an eighth of a GPU's memory",
         "machine",
+    )
+    tp: int = flag(
+        1,
+        "fsdp: ranks that share every matrix between them (tensor parallel), neighbours in the world",
+        "machine",
+        at_least=1,
+        resume="note",
+    )
+    pp: int = flag(
+        1,
+        "ddp and fsdp: stages of whole blocks, each on ranks of its own, that a micro-batch goes through one after "
+        "another (pipeline parallel)",
+        "machine",
+        at_least=1,
+        resume="note",
+    )
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zb", "zbv"] = flag(
+        "1f1b",
+        "pp: the order in which stages take micro-batches; zb and zbv (zero bubble) are for ddp",
+        "machine",
+    )
+    pp_stages_per_rank: int | None = flag(
+        None,
+        "pp: stages a rank holds; by default 2, and 1 for gpipe and 1f1b, which have no more",
+        "machine",
+        at_least=1,
     )
     zero_stage: int | None = flag(
         None,

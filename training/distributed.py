@@ -34,52 +34,90 @@ T = TypeVar("T")
 
 @dataclass
 class World:
-    """This process's place. A rank in the world is not a rank in the data, though the two are equal today."""
+    """This process's place among all.
+
+    tp ranks share the matrices of a stage, pp stages hold one model, and each such group of tp x pp ranks sees the same
+    data. Tensor-parallel ranks are neighbours, since they have most to say to each other, and stages are farthest
+    apart. Eight ranks with tp 2 and pp 2:
+
+        rank        0  1  2  3  4  5  6  7
+        stage       0  0  0  0  1  1  1  1
+        data rank   0  0  1  1  0  0  1  1
+        tensor rank 0  1  0  1  0  1  0  1
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     launcher: str | None = None  # "torchrun" (or one that sets the same variables), "deepspeed", None: started by hand
-    # neighbouring ranks that hold one copy of the model between them, and so see the same data: all have one each today
-    model_size: int = 1
+    tp: int = 1
+    pp: int = 1
 
     @property
-    def data_rank(self) -> int:
-        """This process's place among those that divide the data: what loader, loss scale and sums go by."""
-        return self.rank // self.model_size
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the model between them."""
+        return self.tp * self.pp
 
     @property
     def data_size(self) -> int:
         return self.size // self.model_size
 
-    def mesh(self, device: torch.device, copy_a_node: bool = False) -> DeviceMesh:
-        """The ranks in rows that divide the data ("data"), each row entry a copy of the model ("model", where it has
-        several ranks). With `copy_a_node` the data ranks of a node are its "shard", and nodes "replicate" each other.
+    @property
+    def data_rank(self) -> int:
+        """This process's place among those that divide the data: what loader, loss scale and sums go by."""
+        return self.rank // self.tp % self.data_size
 
-        Raises ValueError where nodes differ in their number of ranks.
+    @property
+    def stage_rank(self) -> int:
+        """Its place among those that the blocks are divided among."""
+        return self.rank // (self.tp * self.data_size)
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is the one of those with the same data that speaks for them."""
+        return self.stage_rank == 0 and self.tensor_rank == 0
+
+    def mesh(self, device: torch.device, copy_a_node: bool = False) -> DeviceMesh:
+        """All ranks by stage ("pp"), part of the data ("data") and tensor rank ("tp"), the first and the last where
+        there are several. With `copy_a_node` the data ranks of a node are its "shard", and nodes "replicate" each
+        other.
+
+        Raises ValueError where nodes cannot hold whole copies.
         """
-        dims = {"data": self.data_size}
+        dims = {"pp": self.pp, "data": self.data_size, "tp": self.tp}
         if copy_a_node:
-            nodes, left = divmod(self.size, self.local_size)
-            if left:
+            within, left = divmod(min(self.local_size, self.tp * self.data_size), self.tp)
+            if left or self.size % self.local_size or self.data_size % within:
                 raise ValueError(
-                    f"--hsdp needs the same number of processes on every node; {self.size} processes are not a "
-                    f"multiple of the {self.local_size} here"
+                    f"--hsdp needs the same number of processes on every node, a multiple of --tp {self.tp}, and "
+                    f"stages of whole nodes; {self.size} processes in {self.pp} stages are not a multiple of the "
+                    f"{self.local_size} here"
                 )
-            dims = {"replicate": nodes, "shard": self.local_size // self.model_size}
-        if self.model_size > 1:
-            dims["model"] = self.model_size
+            dims = {"pp": self.pp, "replicate": self.data_size // within, "shard": within, "tp": self.tp}
+        dims = {name: size for name, size in dims.items() if size > 1 or name not in ("pp", "tp")}
         return init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
     @classmethod
-    def from_environment(cls) -> "World":
+    def from_environment(cls, tp: int = 1, pp: int = 1) -> "World":
+        """Raises ValueError where so many processes cannot be divided among tensor ranks and stages."""
+
         def read(name: str, default: int) -> int:
             return int(os.environ.get(name, default))
 
         launcher = None if "RANK" not in os.environ else "deepspeed" if "CROSS_RANK" in os.environ else "torchrun"
         local_size = read("LOCAL_WORLD_SIZE", read("LOCAL_SIZE", 1))  # the deepspeed launcher's name is the latter
-        return cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), local_size, launcher)
+        world = cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), local_size, launcher, tp, pp)
+        if world.size % world.model_size:
+            raise ValueError(
+                f"--tp {tp} x --pp {pp} ranks hold one model between them, and {world.size} processes are no multiple "
+                f"of {tp * pp}; start so many, or lower --tp or --pp"
+            )
+        return world
 
 
 class Silence(threading.Thread):

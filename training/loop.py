@@ -95,8 +95,9 @@ def train(
     # one that was started again by itself may find the process before it still dying on another node
     patience = config.comm_timeout if distributed.restarted() else 0
     with held(engine, config.run_dir, patience, say):
-        # dropout differs between ranks; nothing random before this counts
-        torch.manual_seed(config.seed + engine.world.rank)
+        # dropout differs between data ranks and stages, and is one between tensor ranks, which drop out of what all of
+        # them have; nothing random before this counts
+        torch.manual_seed(config.seed + engine.world.rank // engine.world.tp)
         settings = noted(config, engine, source.rows_per_update)
         progress = resume(engine, config, identity, settings, say)
         total_steps = planned_steps(source, progress, config.max_steps)
@@ -307,6 +308,7 @@ class Run:
         self.bad_updates += 1
         scales = self.engine.scales_loss
         culprits = [rows for rows, loss in zip(update.rows, totals.losses, strict=True) if not math.isfinite(loss)]
+        culprits = culprits if self.engine.world.tells else []
         named = [f"rank {rank}, packed rows {rows}" for rank, rows in enumerate(self.engine.gather(culprits)) if rows]
         where = "; ".join(named) or "the losses are finite, the gradient is not"
         if named or not scales:

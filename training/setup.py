@@ -68,7 +68,7 @@ def leave(text: str, status: int) -> NoReturn:
 
 def start_machine(config: Config) -> Machine:
     """Meet the other processes, make sure that all were started alike, pick device and precision."""
-    world = World.from_environment()
+    world = World.from_environment(config.tp, config.pp)
     device = distributed.pick_device(config.device, world)
     if engine_name(config, world) != "single":
         distributed.start(world, device, min(distributed.FIRST_CONTACT, config.comm_timeout))

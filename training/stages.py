@@ -113,6 +113,7 @@ class DistillConfig(SFTConfig):
     """Fine-tuning on conversations with a larger model as teacher: the loss stands on the assistant's turns only."""
 
     stage: ClassVar[str] = "distill"
+    splits: ClassVar[bool] = False
     batch_size: int = flag(
         16, "rows a process a micro-batch, with on_policy prompts: lower it when memory runs out", like="batch_size"
     )
@@ -212,6 +213,7 @@ def rollout_flag(default: Any, text: str, *, resume: str = "refuse", **rule: Any
 class RolloutConfig(ChatConfig):
     """What the stages share that learn from answers which the model draws itself."""
 
+    splits: ClassVar[bool] = False
     previous: ClassVar[str | None] = "full_sft"
     data_path: list[str] = flag([f"{SAMPLE}/grpo.jsonl"], like="data_path")
     batch_size: int = flag(

@@ -103,7 +103,7 @@ def generators_difference(engine: Engine) -> float:
 
 def weights_of_one_model(engine: str) -> list[float]:
     """Both ranks hold one model between them, so neither may count the other's rows: the weight each divides by."""
-    one = World(world.rank, world.size, world.local_rank, world.local_size, world.launcher, model_size=2)
+    one = World(world.rank, world.size, world.local_rank, world.local_size, world.launcher, tp=2)
     config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, engine=engine)  # type: ignore[arg-type]
     spread = build_engine(GPT(SHAPE), config, Machine(one, device, torch.float32))
     return spread.gather(spread.forward_backward(micro_batches(0)[: 1 + world.rank], NextToken()).read().weight)

@@ -10,17 +10,21 @@ from training.distributed import Silence, World, cpu_threads, pick_device
 
 
 @pytest.mark.parametrize(
-    ("size", "model_size", "places"),
+    ("size", "tp", "pp", "places"),
     [
-        (1, 1, [(0, 1)]),
-        (4, 1, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        (4, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # neighbours hold one model and see the same data
-        (4, 4, [(0, 1)] * 4),
+        (1, 1, 1, [(0, 0, 0)]),
+        (4, 1, 1, [(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)]),
+        (4, 2, 1, [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]),  # neighbours share matrices and see the same data
+        (4, 1, 2, [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]),  # stages are farthest apart
+        (4, 2, 2, [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]),
     ],
 )
-def test_ranks_that_hold_one_model_have_one_place_in_the_data(size, model_size, places):
-    worlds = [World(rank=rank, size=size, model_size=model_size) for rank in range(size)]
-    assert [(world.data_rank, world.data_size) for world in worlds] == places
+def test_ranks_have_a_place_among_stages_data_and_tensor_ranks(size, tp, pp, places):
+    worlds = [World(rank=rank, size=size, tp=tp, pp=pp) for rank in range(size)]
+    assert [(world.stage_rank, world.data_rank, world.tensor_rank) for world in worlds] == places
+    assert {world.data_size for world in worlds} == {size // (tp * pp)}
+    # one of those with the same data speaks for them
+    assert sorted(world.data_rank for world in worlds if world.tells) == list(range(size // (tp * pp)))
 
 
 def test_a_world_read_from_the_environment_holds_a_model_a_rank(monkeypatch):
@@ -29,8 +33,13 @@ def test_a_world_read_from_the_environment_holds_a_model_a_rank(monkeypatch):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     world = World.from_environment()
-    assert world == World(3, 4, 1, 2, "torchrun", model_size=1)
+    assert world == World(3, 4, 1, 2, "torchrun", tp=1, pp=1)
     assert (world.data_rank, world.data_size) == (3, 4)
+    assert World.from_environment(tp=2) == World(3, 4, 1, 2, "torchrun", tp=2, pp=1)
+    with pytest.raises(
+        ValueError, match="--tp 3 x --pp 1 ranks hold one model .*, and 4 processes are no multiple of 3"
+    ):
+        World.from_environment(tp=3)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setenv("LOCAL_SIZE", "4")
     monkeypatch.setenv("CROSS_RANK", "0")
@@ -40,7 +49,7 @@ def test_a_world_read_from_the_environment_holds_a_model_a_rank(monkeypatch):
 def test_a_process_started_by_hand_is_alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert World.from_environment() == World() == World(0, 1, 0, 1, None, 1)
+    assert World.from_environment() == World() == World(0, 1, 0, 1, None, 1, 1)
 
 
 # Contact --------------------------------------------------------------------------------------------------------

@@ -206,10 +206,10 @@ def load(tmp_path):
 
 
 def test_loaders_go_by_the_place_among_those_that_divide_the_data(load):
-    data = load(here(rank=3, size=4, model_size=2), batch_size=2, accumulation_steps=3)
+    data = load(here(rank=3, size=4, tp=2), batch_size=2, accumulation_steps=3)
     assert [(part.rank, part.world_size, part.batch_size) for part in (data.train, data.val)] == [(1, 2, 2)] * 2
     assert (data.train.rows_per_update, data.val.rows_per_update) == (2 * 2 * 3, 2 * 2)
-    neighbour = load(here(rank=2, size=4, model_size=2), batch_size=2, accumulation_steps=3)
+    neighbour = load(here(rank=2, size=4, tp=2), batch_size=2, accumulation_steps=3)
     assert [b.row_ids for b in neighbour.train.update(0)] == [b.row_ids for b in data.train.update(0)]
 
 

@@ -6,6 +6,9 @@ single      one process                                    everything whole
 ddp         PyTorch's DistributedDataParallel              everything whole on every rank
 fsdp        PyTorch's fully_shard                          parameters, gradients and optimizer state in parts
 deepspeed   DeepSpeed's ZeRO, stages 0 to 3                nothing / optimizer state / + gradients / + parameters
+
+With --pp, ddp and fsdp spread every stage of a pipeline (pipeline.py); with --tp, fsdp also cuts the matrices
+themselves (tensor_parallel.py). What is refused stands in training/split.py.
 """
 
 import os
@@ -16,6 +19,7 @@ from training.config import Config
 from training.distributed import World
 from training.engines.contract import Engine, Machine, Totals, Weights
 from training.engines.pytorch import SingleEngine
+from training.split import check_flags, check_shape
 
 __all__ = ["Engine", "Machine", "SingleEngine", "Totals", "Weights", "build_engine", "engine_name"]
 
@@ -25,7 +29,7 @@ def engine_name(config: Config, world: World) -> str:
 
     Raises ValueError for flags that contradict the engine.
     """
-    by_launcher = {None: "single", "torchrun": "ddp", "deepspeed": "deepspeed"}
+    by_launcher = {None: "single", "torchrun": "ddp" if config.tp == 1 else "fsdp", "deepspeed": "deepspeed"}
     name = by_launcher[world.launcher] if config.engine == "auto" else config.engine
     if name == "single" and world.size > 1:
         raise ValueError(
@@ -33,6 +37,8 @@ def engine_name(config: Config, world: World) -> str:
         )
     for flag, given, engines in (
         ("--hsdp", config.hsdp, ("fsdp",)),
+        (f"--tp {config.tp}", config.tp > 1, ("fsdp",)),
+        (f"--pp {config.pp}", config.pp > 1, ("ddp", "fsdp")),
         ("--fsdp_reshard", config.fsdp_reshard is not None, ("fsdp",)),
         (f"--zero_stage {config.zero_stage}", config.zero_stage is not None, ("deepspeed",)),
         (f"--deepspeed_config {config.deepspeed_config}", config.deepspeed_config is not None, ("deepspeed",)),
@@ -44,13 +50,19 @@ def engine_name(config: Config, world: World) -> str:
                 f"{flag} is for --engine {' or '.join(engines)}, and the engine is {name}; "
                 "give that engine, or leave the flag out"
             )
+    check_flags(config, name)
     return name
 
 
 def build_engine(model: GPT, config: Config, machine: Machine, weights: Weights | None = None) -> Engine:
     """The engine config.engine names. `weights` fill a model that stands on the meta device."""
     name = engine_name(config, machine.world)
+    check_shape(config, model.config)
     # imported when asked for: DeepSpeed is an extra, and both take seconds
+    if config.pp > 1:
+        from training.engines.pipeline import PIPELINES
+
+        return PIPELINES[name](model, config, machine, weights)
     if name == "ddp":
         from training.engines.ddp import DDPEngine
 

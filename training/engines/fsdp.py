@@ -11,18 +11,25 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from model import GPT
 from model.folder import assemble
 from training.engines.contract import Weights
 from training.engines.pytorch import PyTorchEngine, fill
+from training.engines.tensor_parallel import split_tensors
 
 MEMORY_FOR_GATHERED = 1 / 8  # of a GPU's
+
+
+def other_dimension(parameter: nn.Parameter) -> Shard:
+    """The dimension that data ranks cut: the first, or the other one of a matrix whose rows tensor ranks have cut."""
+    cut = isinstance(parameter, DTensor) and parameter.placements[0] == Shard(0)
+    return Shard(1 if cut else 0)
 
 
 class FSDPEngine(PyTorchEngine):
@@ -42,39 +49,41 @@ class FSDPEngine(PyTorchEngine):
         return copy <= torch.cuda.get_device_properties(self.device).total_memory * MEMORY_FOR_GATHERED
 
     def place(self, model: GPT, weights: Weights) -> GPT:
+        model = model.to("meta")
+        if self.world.tp > 1:
+            split_tensors(model, self.mesh["tp"])
         offload = self.config.offload == "cpu"
         shard = partial(
             fully_shard,
-            mesh=self.mesh(),
+            mesh=self.parts(),
+            shard_placement_fn=other_dimension,
             offload_policy=CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy(),
         )
         # blocks travel in the lower precision; their gradients are summed in float32. Embedding, last norm and head
         # stay in float32 until autocast takes them, so that what flows between blocks is the same as without sharding.
         half = None if self.dtype == torch.float32 else self.dtype
         precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        model = model.to("meta")
         for block in model.blocks():
             shard(block, mp_policy=precision, reshard_after_forward=not self.keeps)
-        shard(model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        for root in self.called(model):
+            shard(root, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         model.to_empty(device="cpu" if offload else self.device)
         fill(model, weights)
         return model
 
-    def mesh(self) -> DeviceMesh:
+    def parts(self) -> DeviceMesh:
         """The data ranks in one row; with hsdp a row a node, and whole copies down the columns."""
-        if self.config.hsdp:
-            return self.world.mesh(self.device, copy_a_node=True)["replicate", "shard"]
-        return self.world.mesh(self.device)["data"]
+        return self.mesh["replicate", "shard"] if self.config.hsdp else self.mesh["data"]
+
+    def called(self, model: GPT) -> list[nn.Module]:
+        """The modules that are called forward, whose parameters outside blocks are gathered then."""
+        return [model]
 
     def communicate_if(self, last: bool) -> contextlib.AbstractContextManager:
         assert isinstance(self.model, FSDPModule)  # what fully_shard has made of it
         self.model.set_requires_gradient_sync(last)
         self.model.set_reshard_after_backward(last or not self.keeps)
         return contextlib.nullcontext()
-
-    def clip_gradients(self) -> Tensor:
-        norm = super().clip_gradients()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def weights(self) -> dict[str, Tensor]:
         # on rank 0 alone, it says

@@ -9,7 +9,7 @@ save     torch.distributed.checkpoint files, which any number of ranks reads
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import cached_property, partial
@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dataset.batch import Batch
@@ -88,6 +89,10 @@ class Accumulating:
         """Of this engine's network. Without an objective it is asked for the single places."""
         return ask(self.network, batch, nll_by_place if objective is None else objective.criterion)
 
+    def ask_each(self, batches: list[B], objective: Objective[Any] | None = None) -> list[Output]:
+        """The same of several, without gradients."""
+        return [self.ask(batch, objective) for batch in batches]
+
     def forward_backward(
         self, micro_batches: list[B], objective: Objective[B], weight: float | None = None
     ) -> Deferred[Totals]:
@@ -123,13 +128,13 @@ class Accumulating:
         self.model.eval()
         totals = [0.0] * (len(objective.names) + 1)
         losses = []
-        for batch in micro_batches:
-            batch = batch.to(self.device)
-            with self.autocast():
-                _, sums = objective(self.ask(batch, objective), batch)
-            here = [*(float(sums[name]) for name in objective.names), float(objective.weight(batch))]
-            totals = [a + b for a, b in zip(totals, here, strict=True)]
-            losses.append(float(sums["loss"]))
+        batches = [batch.to(self.device) for batch in micro_batches]
+        with self.autocast():
+            for batch, output in zip(batches, self.ask_each(batches, objective), strict=True):
+                _, sums = objective(output, batch)
+                here = [*(float(sums[name]) for name in objective.names), float(objective.weight(batch))]
+                totals = [a + b for a, b in zip(totals, here, strict=True)]
+                losses.append(float(sums["loss"]))
         *summed, weight = self.sum_over_data(totals)
         return Totals(dict(zip(objective.names, summed, strict=True)), weight, losses)
 
@@ -137,7 +142,8 @@ class Accumulating:
     def per_place(self, batch: Batch, objective: Objective[Any] | None = None) -> Output:
         self.model.eval()
         with self.autocast():
-            return self.ask(batch.to(self.device), objective)
+            (output,) = self.ask_each([batch.to(self.device)], objective)
+        return output
 
     @contextlib.contextmanager
     def generator(self) -> Iterator[GPT]:
@@ -155,9 +161,15 @@ class Accumulating:
     # --- what ranks tell each other ---
 
     @cached_property
+    def mesh(self) -> DeviceMesh:
+        return self.world.mesh(self.device, self.config.hsdp)
+
+    @cached_property
     def data_group(self) -> dist.ProcessGroup | None:
         """This rank's peers in the data; None where those are all ranks."""
-        return None if self.world.model_size == 1 else self.world.mesh(self.device).get_group("data")
+        if self.world.model_size == 1:
+            return None
+        return (self.world.mesh(self.device) if self.config.hsdp else self.mesh).get_group("data")
 
     def sum_over_data(self, values: list[float]) -> list[float]:
         return distributed.sum_over_ranks(values, self.device, self.data_group)
@@ -228,7 +240,19 @@ class PyTorchEngine(Accumulating):
         return Deferred(norm.reshape(1), lambda numbers: numbers[0])
 
     def clip_gradients(self) -> Tensor:
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or float("inf"))
+        norm = self.gradient_norm()
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip or float("inf"), norm)
+        return norm
+
+    def gradient_norm(self) -> Tensor:
+        """Of the whole gradient, wherever its parts are; float32 ()."""
+        grads = [parameter.grad for parameter in self.counted() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def counted(self) -> Iterable[nn.Parameter]:
+        """The parameters that stand for the whole model's, each once."""
+        return self.model.parameters()
 
     # --- state ---
 
@@ -240,9 +264,13 @@ class PyTorchEngine(Accumulating):
     def state(self) -> dict[str, Any]:
         """Full-precision weights, optimizer state and scaler, by parameter name; each rank its part."""
         model, optimizer = get_state_dict(self.model, self.optimizers, options=LEARNT)
+        # settings are what flags say now; and a rank that has some parameters knows the groups of these alone
+        optimizer = {"state": optimizer["state"]}
         return {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        _, now = get_state_dict(self.model, self.optimizers, options=LEARNT)
+        state["optimizer"] |= {"param_groups": now["param_groups"]}
         with own_settings(self.optimizers):
             set_state_dict(
                 self.model, self.optimizers,
@@ -302,13 +330,16 @@ class SingleEngine(PyTorchEngine):
 def ask(network: Callable[..., Asked], batch: Batch, criterion: Callable[..., Asked]) -> Output:
     """The one place where a batch meets a network, the engine's or a frozen one; only a teacher, of whom hidden states
     are wanted, is asked elsewhere."""
-    layout = Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens)
     return Output(
         *network(
             batch.input_ids, batch.position_ids, batch.labels,
-            layout=layout, learnt=batch.learnt, criterion=partial(criterion, batch=batch),
+            layout=layout_of(batch), learnt=batch.learnt, criterion=partial(criterion, batch=batch),
         )
     )  # fmt: skip
+
+
+def layout_of(batch: Batch) -> Layout:
+    return Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens)
 
 
 def like(slot: Tensor, full: Tensor) -> Tensor:

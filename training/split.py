@@ -1,0 +1,96 @@
+"""Which ways of splitting a model there are, and what cannot be, said in one sentence each.
+
+check_flags(config, "ddp")                  --tp 2 with plain DDP: ValueError
+check_shape(config, shape, row=512)         --tp 4 of 6 heads: ValueError
+check_micro_batches("1f1b", pp=4, count=2)  fewer than stages: ValueError
+"""
+
+from model import GPTConfig
+from training.config import Config
+
+SINGLE = ("gpipe", "1f1b")  # schedules of one stage a rank
+ZERO_BUBBLE = ("zb", "zbv")  # that take the gradients of weights apart from those of activations
+
+
+def stages_per_rank(config: Config) -> int:
+    return config.pp_stages_per_rank or (1 if config.pp_schedule in SINGLE else 2)
+
+
+def check_flags(config: Config, engine: str) -> None:
+    """Raise ValueError for flags that contradict each other, or the engine."""
+    if config.pp == 1 and (config.pp_schedule != "1f1b" or config.pp_stages_per_rank):
+        raise ValueError("--pp_schedule and --pp_stages_per_rank are for a pipeline; give --pp N, or leave them out")
+    if config.tp == config.pp == 1:
+        return
+    asked = f"--tp {config.tp}" if config.tp > 1 else f"--pp {config.pp}"
+    if not config.splits:
+        raise ValueError(
+            f"{asked}: train_{config.stage}.py asks a whole model while it learns, and no rank would hold one; leave "
+            "it out, and where the model does not fit give --engine fsdp"
+        )
+    if config.tp > 1 and config.optimizer == "muon":
+        raise ValueError(
+            f"--optimizer muon makes its update of whole matrices, which no rank has under --tp {config.tp}; "
+            "give --optimizer adamw, or --pp or --engine fsdp in place of --tp"
+        )
+    if config.pp > 1:
+        check_schedule(config, engine)
+    if config.tp > 1 and config.adapter == "prefix":
+        raise ValueError(
+            f"--adapter prefix under --tp {config.tp}: its keys and values of all heads are one matrix; give "
+            "--adapter lora, or --pp in place of --tp"
+        )
+
+
+def check_schedule(config: Config, engine: str) -> None:
+    schedule, per_rank = config.pp_schedule, stages_per_rank(config)
+    if engine == "fsdp" and schedule in ZERO_BUBBLE:
+        raise ValueError(
+            f"--pp_schedule {schedule} makes gradients of weights apart from the backward pass, which fsdp does not "
+            "notice; give --engine ddp, or --pp_schedule interleaved"
+        )
+    if schedule in SINGLE and per_rank != 1:
+        raise ValueError(
+            f"--pp_stages_per_rank {per_rank}: {schedule} has one stage a rank; give --pp_schedule interleaved or zb"
+        )
+    if schedule == "zbv" and per_rank != 2:
+        raise ValueError(f"--pp_stages_per_rank {per_rank}: zbv has two stages a rank; leave it out")
+    if schedule == "interleaved" and per_rank == 1:
+        raise ValueError("--pp_stages_per_rank 1: interleaved has several a rank; give 2, or --pp_schedule 1f1b")
+
+
+def check_shape(config: Config, shape: GPTConfig) -> None:
+    """Raise ValueError for a model that cannot be split as asked."""
+    row = config.max_seq_len or shape.max_seq_len
+    divided = {"n_heads": shape.n_heads, "n_kv_heads": shape.n_kv_heads, "ffn_dim": shape.ffn_dim or 0}
+    divided["max_seq_len"] = row  # between the products every rank has a part of each row
+    for name, value in divided.items():
+        if value % config.tp:
+            fitting = ", ".join(str(n) for n in range(1, value + 1) if all(v % n == 0 for v in divided.values()))
+            raise ValueError(f"--tp {config.tp} does not divide {name} {value}; of this model it may be {fitting}")
+    stages = config.pp * stages_per_rank(config) if config.pp > 1 else 1
+    if stages > shape.n_layers:
+        raise ValueError(
+            f"--pp {config.pp} with {stages // config.pp} stages a rank are {stages} stages, and the model has "
+            f"{shape.n_layers} layers; a stage has at least one: lower --pp or --pp_stages_per_rank"
+        )
+
+
+def check_micro_batches(config: Config, count: int) -> None:
+    """Raise ValueError for a number of micro-batches an update that the schedule cannot use."""
+    schedule, pp = config.pp_schedule, config.pp
+    rounds = max(1, count // pp)
+    fits = {
+        "gpipe": True,
+        "1f1b": count >= pp,
+        "interleaved": count % rounds == 0,
+        "zb": count % rounds == 0,
+        "zbv": True,
+    }
+    if not fits[schedule]:
+        wanted = f"at least {pp}" if schedule == "1f1b" else f"a multiple of {pp}"
+        raise ValueError(
+            f"--pp_schedule {schedule} of {pp} ranks takes {wanted} micro-batches an update, and this one has {count}; "
+            f"give --accumulation_steps {pp * -(-count // pp)} (with --global_batch_size: another --batch_size), or "
+            "--pp_schedule gpipe"
+        )
