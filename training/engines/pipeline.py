@@ -174,6 +174,12 @@ class Pipelined(PyTorchEngine):
     def called(self, model: GPT) -> list[nn.Module]:
         return list(self.stages)
 
+    def wrap(self) -> nn.Module:
+        # here all ranks of a pipeline meet, as NCCL wants it: later some of them send each other something while others
+        # compute. And a group that is there has its limit of time set together with all others.
+        assert self.owners
+        return super().wrap()
+
     @cached_property
     def stage_group(self) -> dist.ProcessGroup:
         return self.mesh.get_group("pp")
