@@ -1,0 +1,114 @@
+"""A split model's gradients are one process's, a parameter at a time.
+
+Losses cannot tell: Adam divides a gradient by its own size, so a wrong scale, of all parameters or of some, hides.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import ROOT, launched
+from tests.invariant.split import PROBLEMS, SPLITS, UPDATES, Learnt, file_of, learn_alone
+
+TWICE = "one micro-batch twice"
+Meeting = tuple[str, str]  # split, problem
+EVERY_RUN: dict[int, list[Meeting]] = {
+    2: [
+        ("tp2", "untied, qk-norm, checkpointing"), ("tp2", "lora"), ("tp2", "reward"), ("pp2 gpipe", "reward"),
+        ("pp2 1f1b", "dpo"), ("pp2 interleaved", "bottleneck"), ("pp2 zb", "prefix"), ("pp2 zbv", "plain"),
+        ("pp2 1f1b, fsdp", "lora"),
+    ],
+    4: [
+        ("tp2 x fsdp2", "plain"), ("pp2 x tp2", "clipped"), ("pp2 zb x ddp2", "kto, untied"),
+        ("pp2 interleaved x fsdp2", "plain"), ("pp2 1f1b x ddp2", TWICE),
+    ],
+}  # fmt: skip
+
+
+class Differences(NamedTuple):
+    """Between a split model and one process, the largest of all updates and ranks, as a share of the latter's."""
+
+    losses: float
+    norms: float  # of gradients, before clipping
+    gradients: float  # of a parameter: the norm of the difference by the norm
+    held_out: float
+    where: str  # the last but one
+
+
+@cache
+def alone(problem: str) -> Learnt:
+    return learn_alone(PROBLEMS["plain" if problem == TWICE else problem])
+
+
+def learn_spread(folder: Path, meetings: Sequence[Meeting], ranks: int) -> Path:
+    launched(ROOT / "tests/invariant/split.py", folder, json.dumps(meetings), ranks=ranks)
+    return folder
+
+
+def share(found: Tensor | float, expected: Tensor | float) -> float:
+    found, expected = torch.as_tensor(found), torch.as_tensor(expected)
+    off = float((found - expected).norm() / expected.norm())
+    return off if off == off else torch.inf
+
+
+def differences(folder: Path, split: str, problem: str) -> Differences:
+    expected, ranks = alone(problem), range(SPLITS[split].ranks)
+    found = [Learnt(*torch.load(file_of(folder, split, problem, rank))) for rank in ranks]
+    for update in range(UPDATES):
+        held = set().union(*(rank.gradients[update] for rank in found))
+        assert held == set(expected.gradients[update])
+    gradients = [
+        (share(gradient, expected.gradients[update][name]), f"{name}, update {update}")
+        for rank in found
+        for update in range(UPDATES)
+        for name, gradient in rank.gradients[update].items()
+    ]
+    return Differences(
+        losses=max(share(a, b) for rank in found for a, b in zip(rank.losses, expected.losses, strict=True)),
+        norms=max(share(a, b) for rank in found for a, b in zip(rank.norms, expected.norms, strict=True)),
+        gradients=max(gradients)[0],
+        held_out=max(share(rank.held_out, expected.held_out) for rank in found),
+        where=max(gradients)[1],
+    )
+
+
+def same(off: Differences) -> bool:
+    return off.gradients < 1e-5 and off.norms < 1e-6 and off.losses < 1e-5 and off.held_out < 1e-5
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("split")
+    for ranks, meetings in EVERY_RUN.items():
+        learn_spread(folder, meetings, ranks)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("split", "problem"), [each for run in EVERY_RUN.values() for each in run if TWICE not in each]
+)
+def test_gradients_are_those_of_one_process(spread: Path, split: str, problem: str) -> None:
+    off = differences(spread, split, problem)
+    assert same(off), off
+
+
+def test_a_micro_batch_that_counts_twice_is_seen(spread: Path) -> None:
+    """And not by losses, which after three updates are those of a model that learns as it should, nearly."""
+    off = differences(spread, "pp2 1f1b x ddp2", TWICE)
+    assert off.losses < 1e-4 and off.norms > 0.1 and off.gradients > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_way_to_split_every_problem(tmp_path: Path, split: str) -> None:
+    how = SPLITS[split]
+    problems = [name for name, problem in PROBLEMS.items() if how.takes(problem) and name != TWICE]
+    learn_spread(tmp_path, [(split, problem) for problem in problems], how.ranks)
+    off = {problem: differences(tmp_path, split, problem) for problem in problems}
+    assert {problem: each for problem, each in off.items() if not same(each)} == {}
