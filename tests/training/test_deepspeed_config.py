@@ -89,6 +89,11 @@ CONFLICTS = {
     ),
     "optimizer": ({"optimizer": {"type": "Adam"}}, {}, r"ds.json has 'optimizer', which our flags decide"),
     "schedule": ({"scheduler": {"type": "WarmupLR"}}, {}, r"ds.json has 'scheduler', which our flags decide"),
+    "layers split": (
+        {"tensor_parallel": {"autotp_size": 2, "preset_model": "llama"}},
+        {},
+        r"ds.json has 'tensor_parallel', whose ranks see the same data, .*--engine fsdp --tp N",
+    ),
     "not JSON": ("{zero", {}, r"ds.json: not JSON"),
     "a list": ([], {}, r"ds.json: found list, expected an object"),
     "offload without parts": (
