@@ -109,9 +109,11 @@ def mixtures(gpus: int, node: int) -> Iterator[Mixture]:
             data = gpus // tp // pp
             nodes = tp > 1 and node % tp == 0 or tp == 1
             several = nodes and 1 < node // tp < data
-            for engine in ("ddp", *(("fsdp", "fsdp kept") if pp == 1 else ("fsdp kept",)), *(
-                (("hsdp", "hsdp kept") if pp == 1 else ("hsdp kept",)) if several else ()
-            )):
+            for engine in (
+                "ddp",
+                *(("fsdp", "fsdp kept") if pp == 1 else ("fsdp kept",)),
+                *((("hsdp", "hsdp kept") if pp == 1 else ("hsdp kept",)) if several else ()),
+            ):
                 for schedule, per_rank in schedules(pp):
                     for checkpointing in (False, True):
                         yield Mixture(tp, pp, data, engine, schedule, per_rank, checkpointing)
