@@ -197,7 +197,7 @@ def weights(problem: Problem) -> Iterator[tuple[str, Tensor]]:
     first = fresh_weights(problem.config, 1)
     generator = torch.Generator().manual_seed(5)
     for name, tensor in first if problem.adapter is None else begun(first, problem.adapter, 1):
-        yield name, tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        yield name, tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
 
 
 def engine_of(problem: Problem, world: World, **flags: Any) -> Engine:

@@ -87,7 +87,7 @@ def differences(folder: Path, split: str, problem: str) -> Differences:
 
 def same(off: Differences) -> bool:
     near = off.gradients < 1e-5 and off.norms < 1e-6 and off.losses < 1e-5 and off.held_out < 1e-5
-    return near and off.weights < 1e-4  # where a gradient is all rounding, Adam moves a weight by the whole rate
+    return near and off.weights < 1e-5
 
 
 @pytest.fixture(scope="module")
