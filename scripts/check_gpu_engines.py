@@ -1,9 +1,10 @@
 """Every engine learns the same: flags in; losses of a few updates by engine and precision, or why there are none.
 
 torchrun --standalone --nproc_per_node 2 scripts/check_gpu_engines.py --json losses.json --device cuda --dim 512
+torchrun --standalone --nproc_per_node 4 scripts/check_gpu_engines.py --json losses.json --engines "pp2 tp2"
 
-The updates are of the same rows, however many processes divide them. One of a learning rate of 0 comes before them,
-in which float16's loss scaler finds its scale, so that no engine skips more of them than another.
+The updates are of the same rows, however many processes divide rows or model. One of a learning rate of 0 comes before
+them, in which float16's loss scaler finds its scale, so that no engine skips more of them than another.
 """
 
 import argparse
@@ -13,8 +14,11 @@ import math
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -25,22 +29,43 @@ from scripts.check_gpu_ground import TRIES, Ground, Result, judged, left_out, na
 from training import build_engine, distributed
 from training.distributed import World
 from training.engines import Machine
+from training.split import check_micro_batches, check_shape
 
-ENGINES: dict[str, dict[str, object]] = {name: {"engine": name} for name in ("single", "ddp", "fsdp")}
-ENGINES |= {f"zero{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)}
+Flags = dict[str, Any]
+SPREAD: dict[str, Flags] = {name: {"engine": name} for name in ("ddp", "fsdp")}
+SPREAD |= {f"zero{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)}
+# by processes, and name; a number in a name is of ranks that share the matrices (tp), blocks (pp) or rows (the others)
+ENGINES: dict[int, dict[str, Flags]] = {
+    1: {"single": {"engine": "single"}, **SPREAD},
+    2: {
+        **SPREAD,
+        "tp2": {"engine": "fsdp", "tp": 2},
+        "pp2 1f1b": {"engine": "ddp", "pp": 2},
+        "pp2 zb": {"engine": "ddp", "pp": 2, "pp_schedule": "zb"},
+        "pp2 zbv": {"engine": "ddp", "pp": 2, "pp_schedule": "zbv"},
+        "pp2 fsdp": {"engine": "fsdp", "pp": 2},
+    },
+    4: {
+        "tp2 fsdp2": {"engine": "fsdp", "tp": 2},
+        "pp2 ddp2": {"engine": "ddp", "pp": 2},
+        "pp2 tp2": {"engine": "fsdp", "pp": 2, "tp": 2},
+    },
+}
 DTYPES = {torch.bfloat16: 5e-3, torch.float16: 2e-3}  # how far losses may be from one process's, as a share
 UPDATES, LEARNING_RATE = 4, 1e-3
-SECONDS = 240  # for all engines of a size
+SECONDS = 360  # for all engines of a size
+SILENT = timedelta(seconds=60)  # that a rank waits for another: one that fails alone must not keep all of them
 Losses = dict[str, dict[str, list[float] | str]]  # by engine and precision; a text says why there are none
 
 
 # Under the launcher ----------------------------------------------------------------------------------------------
 
 
-def learn(ground: Ground, engine_flags: dict[str, object], dtype: torch.dtype) -> list[float]:
+def learn(ground: Ground, engine_flags: Flags, dtype: torch.dtype) -> list[float]:
     """Mean losses of some updates of pretraining. Raises ArithmeticError where no scale of the loss is found."""
     model, config, weights = ground.start("pretrain", compile=False, **engine_flags)
     engine = build_engine(model, config, Machine(ground.world, ground.device, dtype), weights)
+    distributed.set_timeout(SILENT)
     objective = ground.objective("pretrain")
 
     def update(number: int, learning_rate: float) -> tuple[float, float]:
@@ -60,32 +85,34 @@ def not_here(dtype: torch.dtype, ground: Ground) -> str:
     return "left out, a CPU emulates it and DeepSpeed refuses" if emulated else ground.lacks(dtype)
 
 
-def learn_all(ground: Ground) -> Losses:
-    found: Losses = {}
-    for name, engine_flags in ENGINES.items():
-        if name == "single" and ground.world.size > 1:
-            continue
-        found[name] = {}
-        for dtype in DTYPES:
-            try:
-                found[name][name_of(dtype)] = not_here(dtype, ground) or learn(ground, engine_flags, dtype)
-            except Exception as error:
-                found[name][name_of(dtype)] = f"{type(error).__name__}: {one_line(error)}"
-    return found
+def learn_as(engine_flags: Flags, dtype: torch.dtype, ground: Ground) -> list[float] | str:
+    """Losses, or why there are none."""
+    try:
+        return not_here(dtype, ground) or learn(ground, engine_flags, dtype)
+    except Exception as error:
+        return f"{type(error).__name__}: {one_line(error)}"
 
 
 def main(argv: list[str]) -> None:
+    names = [name for each in ENGINES.values() for name in each]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where losses are written")
     parser.add_argument("--device", default="cuda", help="cuda or cpu [cuda]")
+    parser.add_argument("--engines", nargs="+", choices=names, default=names, metavar="NAME",
+                        help=f"of {', '.join(dict.fromkeys(names))} [all of so many processes]")  # fmt: skip
     own, flags = parser.parse_known_args(argv)
     world = World.from_environment()
     device = distributed.pick_device(own.device, world)
     distributed.start(world, device)
+    ground_of = cache(lambda tp, pp: Ground(device, flags, World.from_environment(tp, pp)))
+    found: Losses = {}
     try:
-        found = learn_all(Ground(device, flags, world))
-        if world.rank == 0:
-            own.json.write_text(json.dumps(found))
+        for name, engine_flags in ENGINES[world.size].items():
+            if name in own.engines:
+                ground = ground_of(engine_flags.get("tp", 1), engine_flags.get("pp", 1))
+                found[name] = {name_of(dtype): learn_as(engine_flags, dtype, ground) for dtype in DTYPES}
+                if world.rank == 0:  # whatever becomes of the next
+                    own.json.write_text(json.dumps(found))
     finally:
         distributed.stop()
 
@@ -95,31 +122,54 @@ def main(argv: list[str]) -> None:
 
 @cache
 def spread_over(processes: int, device: str, flags: tuple[str, ...]) -> Losses:
-    """What `learn_all` finds under torchrun. Raises RuntimeError with the last of what it said where it fails."""
+    """What `main` finds under torchrun; where it ended before an engine's turn, what it said last."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "losses.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*launcher, str(Path(__file__).resolve()), "--json", str(file), "--device", device, *flags]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{processes} processes were not done after {SECONDS} s") from None
-        if done.returncode or not file.is_file():
-            raise RuntimeError(f"torchrun ended with {done.returncode}: {done.stderr[-1500:]}")
-        return json.loads(file.read_text())
+        ended = launch([*launcher, str(Path(__file__).resolve()), "--json", str(file), "--device", device, *flags])
+        found = json.loads(file.read_text()) if file.is_file() else {}
+    return {name: found.get(name, dict.fromkeys(map(name_of, DTYPES), ended)) for name in ENGINES[processes]}
+
+
+def launch(command: list[str]) -> str:
+    """How torchrun ended; "" where well."""
+    torchrun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        said = torchrun.communicate(timeout=SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        torchrun.terminate()  # which ends its processes; killed, it would leave them on the cards
+        torchrun.communicate()
+        return f"torchrun was not done after {SECONDS} s"
+    return f"torchrun ended with {torchrun.returncode}: {said[-1500:]}" if torchrun.returncode else ""
 
 
 def same_losses(name: str, processes: int, ground: Ground) -> Result:
     """An engine's losses beside those of one process without any spreading."""
     cards = torch.cuda.device_count() if ground.on_card else 1
     if processes > cards:
-        return left_out(f"{cards} card; it takes {processes}" if ground.on_card else "a CPU's are met by the tests")
-    if ENGINES[name]["engine"] == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        there = f"{cards} card{'s' * (cards > 1)}; it takes {processes}"
+        return left_out(there if ground.on_card else "a CPU's are met by the tests")
+    engine_flags = ENGINES[processes][name]
+    if engine_flags["engine"] == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         return left_out("deepspeed is not installed: pip install -e '.[deepspeed]'")
+    if cannot := refusal(engine_flags, ground):
+        return left_out(cannot)
     flags = tuple(ground.flags)
     alone = spread_over(1, ground.device.type, flags)["single"]
     found = spread_over(processes, ground.device.type, flags)[name]
     return compared(found, alone, ground)
+
+
+def refusal(engine_flags: Flags, ground: Ground) -> str:
+    """Why this model, or its updates, cannot be split so; "" where they can."""
+    start = ground.loaded("pretrain")[0]
+    config = replace(start.config, **engine_flags)
+    try:
+        check_shape(config, start.model.config)
+        check_micro_batches(config, config.accumulation_steps)
+    except ValueError as error:
+        return one_line(error)
+    return ""
 
 
 def compared(found: dict[str, list[float] | str], alone: dict[str, list[float] | str], ground: Ground) -> Result:

@@ -253,8 +253,7 @@ def checks() -> dict[str, Check]:
     for dtype in (torch.bfloat16, torch.float16):
         found[f"attention: decoding, {name_of(dtype)}"] = partial(kernel, decoding_run, dtype)
     found |= {f"graphs: {stage}": partial(graphs, stage) for stage in ALONE}
-    for processes in (1, 2):
-        for name in list(ENGINES)[processes - 1 :]:  # one process alone is one
-            found[f"engines: {name} x{processes}"] = partial(same_losses, name, processes)
+    for processes, engines in ENGINES.items():
+        found |= {f"engines: {name} x{processes}": partial(same_losses, name, processes) for name in engines}
     found |= {"decoding: greedy": greedy, "decoding: 1 row": partial(speed, 1), "decoding: 32 rows": partial(speed, 32)}
     return found | {"memory: held": held, "benchmark: table": benchmark}

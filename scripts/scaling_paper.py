@@ -13,11 +13,10 @@ a gather or reduce-scatter, twice that in an all-reduce (Patarasuk and Yuan 2009
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-import torch
-
-from model import GPT, GPTConfig
+if TYPE_CHECKING:  # torch takes seconds to import, and scripts/split_plan.py needs none
+    from model import GPT
 
 RING = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "broadcast": 1.0, "reduce": 1.0}
 SMALL = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
@@ -39,7 +38,7 @@ class Shape(NamedTuple):
         return self.blocks + self.rest
 
     @classmethod
-    def of(cls, model: GPT) -> Self:
+    def of(cls, model: "GPT") -> Self:
         blocks = sum(parameter.numel() for block in model.blocks() for parameter in block.parameters())
         sizes = [parameter.numel() for parameter in model.parameters()]
         return cls(blocks, sum(sizes) - blocks, len(model.blocks()), sum(size for size in sizes if size <= SMALL))
@@ -126,6 +125,10 @@ MEMORY = 80 * GB
 
 @cache
 def shape_named(name: str) -> Shape:
+    import torch
+
+    from model import GPT, GPTConfig
+
     dim, layers, heads, kv_heads = SHAPES[name]
     with torch.device("meta"):
         return Shape.of(GPT(GPTConfig(dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads)))
@@ -140,21 +143,30 @@ def link(group: str, cluster: Cluster, ranks: int) -> tuple[int, float, float, f
     """
     nodes = max(1, ranks // cluster.node)
     if group == "nodes":
-        return nodes, cluster.across, (nodes - 1) * cluster.hop_across, math.log2(nodes) * cluster.hop_across
-    size = min(ranks, cluster.node) if group == "node" else ranks
-    if size <= cluster.node:
+        return circle(nodes, 1, cluster)
+    return circle(min(ranks, cluster.node) if group == "node" else ranks, cluster.node, cluster)
+
+
+def circle(size: int, a_node: int, cluster: Cluster) -> tuple[int, float, float, float]:
+    """`link` of a group that has so many ranks in each of its nodes, while groups like it have the others."""
+    if size <= a_node:
         return size, cluster.inside, (size - 1) * cluster.hop_inside, (size - 1) * cluster.hop_inside
+    nodes = math.ceil(size / a_node)
     ring = (size - nodes) * cluster.hop_inside + (nodes - 1) * cluster.hop_across
-    tree = (cluster.node - 1) * cluster.hop_inside + math.log2(nodes) * cluster.hop_across
-    return size, min(cluster.inside, cluster.node * cluster.across), ring, tree
+    tree = (a_node - 1) * cluster.hop_inside + math.log2(nodes) * cluster.hop_across
+    return size, min(cluster.inside, a_node * cluster.across), ring, tree
 
 
 def transfer(traffic: Traffic, cluster: Cluster, ranks: int) -> float:
-    """Seconds on the way, by the alpha-beta model: messages x latency + bytes / bandwidth.
+    """Seconds on the way."""
+    return along(traffic, *link(traffic.group, cluster, ranks))
+
+
+def along(traffic: Traffic, size: int, bandwidth: float, ring: float, tree: float) -> float:
+    """Seconds on a link, by the alpha-beta model: messages x latency + bytes / bandwidth.
 
     NCCL sums small tensors along a tree, there and back; gathers and reduce-scatters it has as rings.
     """
-    size, bandwidth, ring, tree = link(traffic.group, cluster, ranks)
     latency = 2 * min(ring, tree) if traffic.kind == "all_reduce" else ring
     return traffic.messages * latency + sent(traffic.kind, traffic.width * traffic.numbers, size) / bandwidth
 

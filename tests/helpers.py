@@ -129,9 +129,9 @@ def run(
 
 
 def launched(
-    script: Path, *arguments: Any, ranks: int = 2, nodes: int = 1, deepspeed: bool = False
+    script: Path, *arguments: Any, ranks: int = 2, nodes: int = 1, deepspeed: bool = False, horovod: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script under torchrun (one on each "node", all on this machine) or under the deepspeed launcher.
+    """Run a script under torchrun (one on each "node", all on this machine), the deepspeed launcher or horovodrun.
 
     What comes back is the first node's.
     """
@@ -139,6 +139,8 @@ def launched(
     port = str(free_port())
     if deepspeed:
         launcher = [str(folder / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port]
+    elif horovod:
+        launcher = [str(folder / "horovodrun"), "--gloo", "-np", str(ranks), sys.executable]
     else:
         meet = [
             "--nnodes",

@@ -221,8 +221,8 @@ class Config:
     grad_checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, a third more time", "machine"
     )
-    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = flag(
-        "auto", "auto: ddp under torchrun, deepspeed under its launcher, else single", "machine"
+    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed", "horovod"] = flag(
+        "auto", "auto: ddp under torchrun, deepspeed and horovod under their launchers, else single", "machine"
     )
     hsdp: bool = flag(False, "fsdp: shard within a node, replicate across nodes", "machine")
     fsdp_reshard: bool | None = flag(

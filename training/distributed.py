@@ -1,8 +1,8 @@
 """Where this process stands among its peers: environment variables in, ranks and a process group out.
 
 torchrun, `python -m torch.distributed.launch`, accelerate and the deepspeed launcher all set RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them there is one process. What ranks tell each other outside the
-gradients (sums, any value, a barrier) is here too, and costs one process nothing.
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT; horovodrun has names of its own; without either there is one process. What
+ranks tell each other outside the gradients (sums, any value, a barrier) is here too, and costs one process nothing.
 """
 
 import importlib.util
@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
 import torch.distributed as dist
@@ -50,7 +52,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    launcher: str | None = None  # "torchrun" (or one that sets the same variables), "deepspeed", None: started by hand
+    # "torchrun" (or one that sets the same variables), "deepspeed", "horovodrun", None: started by hand
+    launcher: str | None = None
     tp: int = 1
     pp: int = 1
 
@@ -106,12 +109,19 @@ class World:
     def from_environment(cls, tp: int = 1, pp: int = 1) -> "World":
         """Raises ValueError where so many processes cannot be divided among tensor ranks and stages."""
 
-        def read(name: str, default: int) -> int:
-            return int(os.environ.get(name, default))
+        def read(default: int, *names: str) -> int:
+            return int(next((os.environ[name] for name in names if name in os.environ), default))
 
-        launcher = None if "RANK" not in os.environ else "deepspeed" if "CROSS_RANK" in os.environ else "torchrun"
-        local_size = read("LOCAL_WORLD_SIZE", read("LOCAL_SIZE", 1))  # the deepspeed launcher's name is the latter
-        world = cls(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), local_size, launcher, tp, pp)
+        launchers = {"HOROVOD_RANK": "horovodrun", "CROSS_RANK": "deepspeed", "RANK": "torchrun"}
+        world = cls(
+            read(0, "HOROVOD_RANK", "RANK"),
+            read(1, "HOROVOD_SIZE", "WORLD_SIZE"),
+            read(0, "HOROVOD_LOCAL_RANK", "LOCAL_RANK"),
+            read(1, "HOROVOD_LOCAL_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),  # the last is the deepspeed launcher's
+            next((launcher for name, launcher in launchers.items() if name in os.environ), None),
+            tp,
+            pp,
+        )
         if world.size % world.model_size:
             raise ValueError(
                 f"--tp {tp} x --pp {pp} ranks hold one model between them, and {world.size} processes are no multiple "
@@ -256,6 +266,8 @@ def start(world: World, device: torch.device, seconds: float = FIRST_CONTACT) ->
     limit = timedelta(seconds=seconds)
     advice = "check that every node runs, the address and port, and the firewall"
     try:
+        if world.launcher == "horovodrun":
+            learn_address(world.rank, seconds)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if world.rank > 0:
             wait_for_listener(host, port, seconds)
@@ -283,6 +295,29 @@ def start(world: World, device: torch.device, seconds: float = FIRST_CONTACT) ->
             f"({first_line}); {advice}"
         ) from None
     set_timeout(PREPARATION)
+
+
+def learn_address(rank: int, seconds: float) -> None:
+    """horovodrun says where Horovod meets, and in its key-value server rank 0 says where PyTorch does. Raises OSError
+    where it has not by then."""
+    server = "http://{HOROVOD_GLOO_RENDEZVOUS_ADDR}:{HOROVOD_GLOO_RENDEZVOUS_PORT}".format_map(os.environ)
+    entry, opener = f"{server}/torch/address", build_opener(ProxyHandler({}))  # no proxy stands between the nodes
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        address = f"{os.environ['HOROVOD_HOSTNAME']} {port}".encode()
+        opener.open(Request(entry, address, method="PUT"), timeout=seconds).close()
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with opener.open(entry, timeout=seconds) as answer:
+                os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = answer.read().decode().split()
+            return
+        except HTTPError as error:  # not there yet
+            if error.code != 404 or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def wait_for_listener(host: str, port: int, seconds: float) -> None:
@@ -354,9 +389,10 @@ def barrier(device: torch.device) -> None:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone or silent (gloo's, NCCL's and the store's words for it)."""
+    """Whether an error says that another rank is gone or silent (in words of gloo, NCCL, the store, Horovod)."""
     words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "recv", "peer")
     named = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
+    named = named or type(error).__name__ == "HorovodInternalError"  # of a package that few have
     return dist.is_initialized() and (named or ("gloo" in str(error) and any(word in str(error) for word in words)))
 
 

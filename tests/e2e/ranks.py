@@ -7,6 +7,7 @@ argument).
 """
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -35,6 +36,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2 offload": {"engine": "deepspeed", "zero_stage": 2, "offload": "cpu"},
     "zero3": {"engine": "deepspeed", "zero_stage": 3},
 }
+ENGINES = {"horovod": {"engine": "horovod"}} if "HOROVOD_RANK" in os.environ else ENGINES
 SHAPE = GPTConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, max_seq_len=16)
 world = World.from_environment()
 device = torch.device("cpu")
@@ -138,22 +140,30 @@ def try_out(flags: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, **flags)
     engine = build_engine(GPT(SHAPE), config, Machine(world, device, torch.float32))
-    ddp_calls: Counter[int] = Counter()
+    sent: Counter[Any] = Counter()  # by bucket, or name
 
     def counting_hook(state, bucket):  # DDP's reducer is C++ and calls nothing that can be watched
-        ddp_calls[bucket.index()] += 1
+        sent[bucket.index()] += 1
         return allreduce_hook(state, bucket)
 
+    if engine.name == "horovod":
+        send = engine.horovod.allreduce_async_  # type: ignore[attr-defined]
+
+        def counting_send(gradient, name, op):
+            sent[name] += 1
+            return send(gradient, name=name, op=op)
+
+        engine.horovod.allreduce_async_ = counting_send  # type: ignore[attr-defined]
     if engine.name == "ddp":
         engine.network.register_comm_hook(None, counting_hook)  # type: ignore[operator]
     engine.forward_backward(micro_batches(0), NextToken())
     engine.step(1e-2)
-    ddp_calls.clear()
+    sent.clear()
     before = answers(engine)
     engine.forward_backward(micro_batches(1), Poisoned())
     norm = engine.step(1e-2).read()
     no_trace = bool(torch.equal(answers(engine), before)) and norm not in (0.0, 1.0) and not norm < float("inf")
-    ddp_calls.clear()
+    sent.clear()
     with Reductions() as reductions:
         sums = engine.forward_backward(micro_batches(2), NextToken()).read().sums
     good = engine.step(1e-2).read()
@@ -166,7 +176,7 @@ def try_out(flags: dict[str, Any]) -> dict[str, Any]:
         "settings are its own": keeps_its_settings(engine, Path(f"{sys.argv[1]}-{'-'.join(map(str, flags.values()))}")),
         "difference": difference_between_ranks(engine),
         "generator's difference": generators_difference(engine),
-        "reductions": max(ddp_calls.values()) if ddp_calls else sum(reductions.calls.values()),
+        "reductions": max(sent.values()) if sent else sum(reductions.calls.values()),
         "kinds": dict(reductions.calls),
         "bad update left no trace": no_trace and moved and 0 < good < float("inf"),
         "loss": sums["loss"],
@@ -178,7 +188,7 @@ for name, flags in ENGINES.items():
     result = try_out(flags)
     if world.rank == 0:
         print(json.dumps({"engine": name} | result), flush=True)
-for name in ("ddp", "fsdp"):
+for name in ("ddp", "fsdp") if "ddp" in ENGINES else ():
     weights = weights_of_one_model(name)
     if world.rank == 0:
         print(json.dumps({"engine": f"{name}, one model on two ranks", "weights": weights}), flush=True)

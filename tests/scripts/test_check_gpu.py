@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from scripts import check_gpu, check_gpu_engines, check_gpu_parts, check_gpu_pro
 from scripts.check_gpu_engines import ENGINES, compared
 from scripts.check_gpu_ground import FAILED, LEFT_OUT, OK, PRECISIONS, Ground, Result, judged
 from scripts.check_gpu_promises import attention_of
-from tests.helpers import PLAIN
+from tests.helpers import PLAIN, ROOT, launched
 from tests.training.test_engine_spread import varlen
 from tests.training.test_waits import Operators, Python, Watch
 from training import ALONE
@@ -46,7 +47,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(check_gpu_engines, "spread_over", spread_over)
     for stage in range(4):
-        monkeypatch.delitem(ENGINES, f"zero{stage}")
+        monkeypatch.delitem(ENGINES[1], f"zero{stage}")
 
 
 # All together ---------------------------------------------------------------------------------------------------
@@ -223,3 +224,46 @@ ONE_PROCESS = {"bfloat16": [9.0, 8.9, 8.8], "float16": [9.0, 8.9, 8.8]}
 def test_losses_of_an_engine_are_held_to_those_of_one_process(found: list[float] | str, status: str, ground) -> None:
     result = compared({"bfloat16": found, "float16": [9.0, 8.9, 8.8]}, dict(ONE_PROCESS), ground)
     assert result.status == status, result
+
+
+DEEP = ["--n_layers", "4"]  # of which two ranks with two stages each have a block a stage
+SPLIT2 = ["tp2", "pp2 1f1b", "pp2 zb", "pp2 zbv", "pp2 fsdp"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "names"),
+    [(2, SPLIT2), pytest.param(4, ["tp2 fsdp2", "pp2 ddp2", "pp2 tp2"], marks=pytest.mark.slow)],
+)
+def test_split_engines_are_asked_in_real_processes(
+    processes: int, names: list[str], here: None, flags: list[str], tmp_path: Path
+) -> None:
+    asked = [*flags, *DEEP]
+    launched(
+        ROOT / "scripts/check_gpu_engines.py", *PLAIN[:2], "--json", tmp_path / "split.json", *asked,
+        "--engines", *names, ranks=processes,
+    )  # fmt: skip
+    found = json.loads((tmp_path / "split.json").read_text())
+    assert list(found) == names == [name for name in ENGINES[processes] if name in names]
+    alone = check_gpu_engines.spread_over(1, "cpu", tuple(asked))["single"]
+    results = {name: compared(losses, alone, Ground(CPU, asked)) for name, losses in found.items()}
+    assert {name: result.status for name, result in results.items()} == dict.fromkeys(names, OK), results
+
+
+def test_what_a_model_cannot_be_split_into_is_left_out_with_the_reason(ground: Ground) -> None:
+    zbv = ENGINES[2]["pp2 zbv"]
+    assert "2 layers" in check_gpu_engines.refusal(zbv, ground)  # of the shape above
+    assert check_gpu_engines.refusal(zbv, Ground(CPU, [*ground.flags, *DEEP])) == ""
+    assert "at least 2 micro-batches" in check_gpu_engines.refusal(
+        ENGINES[4]["pp2 ddp2"], Ground(CPU, [*ground.flags, "--accumulation_steps", "1"])
+    )
+
+
+def test_an_engine_whose_turn_never_came_is_told_from_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of what torchrun said stands in the place of its losses."""
+    launch = check_gpu_engines.launch
+    ending = [sys.executable, "-c", "import sys; sys.exit('no card left')"]
+    monkeypatch.setattr(check_gpu_engines, "launch", lambda command: launch(ending))
+    found = check_gpu_engines.spread_over(2, "cuda", ())
+    assert found.keys() == ENGINES[2].keys()
+    assert set(found["tp2"].values()) == {"torchrun ended with 1: no card left\n"}
+    assert compared(found["tp2"], dict(ONE_PROCESS), Ground(CPU, [])).status == FAILED

@@ -61,7 +61,7 @@ def test_an_unknown_key_names_file_and_nearest(recipe):
     ("name", "value", "message"),
     [
         ("dtype", "flaot16", "'flaot16'; it must be one of auto, float32, bfloat16, float16; did you mean float16"),
-        ("engine", "horovod", "must be one of"),
+        ("engine", "megatron", "must be one of"),
         ("on_bad_row", "ignore", "must be one of stop, skip"),
         ("n_layers", "4.5", "'?4.5'?; it must be a whole number"),
         ("n_layers", "many", "'many'; it must be a whole number"),

@@ -1,5 +1,6 @@
 """What our flags and a DeepSpeed file make together, and that they never say two things."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -88,6 +89,11 @@ CONFLICTS = {
     ),
     "optimizer": ({"optimizer": {"type": "Adam"}}, {}, r"ds.json has 'optimizer', which our flags decide"),
     "schedule": ({"scheduler": {"type": "WarmupLR"}}, {}, r"ds.json has 'scheduler', which our flags decide"),
+    "layers split": (
+        {"tensor_parallel": {"autotp_size": 2, "preset_model": "llama"}},
+        {},
+        r"ds.json has 'tensor_parallel', whose ranks see the same data, .*--engine fsdp --tp N",
+    ),
     "not JSON": ("{zero", {}, r"ds.json: not JSON"),
     "a list": ([], {}, r"ds.json: found list, expected an object"),
     "offload without parts": (
@@ -135,7 +141,9 @@ def test_the_shipped_files_are_those_the_documents_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "launcher,name", [(None, "single"), ("torchrun", "ddp"), ("deepspeed", "deepspeed")], ids=["none", "torchrun", "ds"]
+    ("launcher", "name"),
+    [(None, "single"), ("torchrun", "ddp"), ("deepspeed", "deepspeed"), ("horovodrun", "horovod")],
+    ids=["none", "torchrun", "ds", "horovod"],
 )
 def test_the_launcher_decides_unless_a_flag_does(launcher: str | None, name: str) -> None:
     world = World(size=2 if launcher else 1, launcher=launcher)
@@ -145,6 +153,7 @@ def test_the_launcher_decides_unless_a_flag_does(launcher: str | None, name: str
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "single": ({"engine": "single"}, r"--engine single, but a launcher started 2 processes"),
+    "horovod": ({"engine": "horovod"}, r"--engine horovod under torchrun: start it with horovodrun --gloo -np 2"),
     "fsdp_reshard": ({"fsdp_reshard": False}, r"--fsdp_reshard is for --engine fsdp, and the engine is ddp"),
     "hsdp": ({"hsdp": True}, r"--hsdp is for --engine fsdp, and the engine is ddp"),
     "zero_stage": ({"zero_stage": 1}, r"--zero_stage 1 is for --engine deepspeed, and the engine is ddp"),
@@ -163,6 +172,12 @@ def test_a_flag_of_another_engine_is_refused(make_model: Any, name: str) -> None
     world = World(size=2, local_size=2, launcher="torchrun")
     with pytest.raises(ValueError, match=message):
         build_engine(make_model(), Config(**flags), Machine(world, torch.device("cpu"), torch.float32))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("horovod") is not None, reason="Horovod is here")
+def test_horovod_that_is_not_there_is_said(make_model: Any) -> None:
+    with pytest.raises(ValueError, match=r"--engine horovod needs Horovod, built for this PyTorch \(No module named"):
+        build_engine(make_model(), Config(engine="horovod"), Machine(World(), torch.device("cpu"), torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def test_a_world_read_from_the_environment_holds_a_model_a_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_SIZE", "4")
     monkeypatch.setenv("CROSS_RANK", "0")
     assert World.from_environment() == World(3, 4, 1, 4, "deepspeed")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK"):
+        monkeypatch.delenv(name)
+    for name, value in {"RANK": "5", "SIZE": "6", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "2"}.items():
+        monkeypatch.setenv(f"HOROVOD_{name}", value)
+    assert World.from_environment() == World(5, 6, 1, 2, "horovodrun")
 
 
 def test_a_process_started_by_hand_is_alone(monkeypatch):

@@ -5,6 +5,7 @@ value, an operator whose result's size depends on data, a copy to the host. Two 
 that Python asks for and those that operators and optimizers ask for inside.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,11 +22,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.batch import Batch
-from tests.helpers import PLAIN, ROOT, TINY, make_data, make_teacher, train_here
-from training import NextToken, PretrainConfig, distributed
+from model import GPT, GPTConfig
+from model.adapters import LoRA
+from tests.helpers import PLAIN, ROOT, TINY, launched, make_data, make_teacher, train_here
+from training import NextToken, PretrainConfig, build_engine, distributed
 from training.distributed import World
 from training.engines import Machine
-from training.engines.fsdp import FSDPEngine
 from training.engines.pytorch import PyTorchEngine
 from training.transfer import Deferred
 
@@ -44,6 +46,8 @@ BESIDE = {
     "Teacher.load",
     "Upcoming.make",
 }
+
+ASKED_BY = {"Stage.forward", "Pipelined.loss"}  # a pipeline's stages, for the number of a micro-batch
 
 
 def our_functions() -> list[str]:
@@ -155,21 +159,54 @@ def test_an_update_waits_for_nothing_and_its_numbers_are_read_once_the_next_is_q
     assert watch.queued == 4 and watch.reads == [2, 2, 3, 3, 4, 4]
 
 
-def test_ranks_that_send_each_other_parameters_wait_for_nothing_either(make_model) -> None:
+def waits_of(engine: Any, updates: int = 2) -> set[tuple[str, str]]:
+    """What would wait in some updates behind a first one, in which stages tell each other what will come."""
+    watch = Watch("Accumulating.forward_backward", "Pipelined.forward_backward", "PyTorchEngine.step")
+    ids = torch.arange(16).expand(2, 16)
+    for update in range(1 + updates):
+        with ExitStack() as stack:
+            if update:
+                stack.enter_context(Python(watch.note))
+                stack.enter_context(Operators(watch.note))
+            engine.forward_backward([Batch.of(ids, ids + 1, ids, [0, 1], 32)] * 2, NextToken(), weight=64.0)
+            engine.step(1e-3)
+    return set(watch.waits)
+
+
+SPREAD: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fsdp, muon": (torch.bfloat16, {"engine": "fsdp", "optimizer": "muon"}),
+    "tp": (torch.bfloat16, {"engine": "fsdp", "tp": 2}),
+    "tp, float16": (torch.float16, {"engine": "fsdp", "tp": 2}),
+    "tp, learnt rows": (torch.bfloat16, {"engine": "fsdp", "tp": 2, "adapter": "lora"}),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_ranks_that_send_each_other_parts_wait_for_nothing_either(name: str) -> None:
     """Here is the first of two, and what it would send goes nowhere. Of DDP's sending Python sees nothing."""
+    dtype, flags = SPREAD[name]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        machine = Machine(World(0, 2, 0, 2), torch.device("cpu"), torch.bfloat16)
-        engine = FSDPEngine(make_model(), PretrainConfig(engine="fsdp", optimizer="muon"), machine)
-        watch = Watch("Accumulating.forward_backward", "PyTorchEngine.step")
-        ids = torch.arange(12).expand(2, 12)
-        with Python(watch.note), Operators(watch.note):
-            for _ in range(2):
-                engine.forward_backward([Batch.of(ids, ids + 1, ids, [0, 1], 24)] * 2, NextToken(), weight=96.0)
-                engine.step(1e-3)
-        assert set(watch.waits) == set()
+        world = World(0, 2, 0, 2, tp=flags.get("tp", 1))
+        shape = GPTConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=32, max_seq_len=16)
+        with torch.device("meta"):
+            model = GPT(shape, LoRA(rank=2, tokens=(3, 40)) if "adapter" in flags else None)
+        weights = {name: torch.randn(p.shape) * 0.1 for name, p in model.named_parameters()}
+        machine = Machine(world, torch.device("cpu"), dtype)
+        assert waits_of(build_engine(model, PretrainConfig(**flags), machine, weights.items)) == set()
     finally:
         distributed.stop()
+
+
+def test_stages_wait_for_nothing_either() -> None:
+    """In real processes: what one is sent has to be something. A micro-batch's number never leaves the host."""
+    numbers = {(what, where) for what in ("__int__", "aten._local_scalar_dense") for where in ASKED_BY}
+    lines = [line for line in launched(ROOT / "tests/training/stages.py").stdout.splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in lines]
+    assert len(found) == 2 * 5  # both ranks, every way
+    for each in found:
+        waits = {(what, where) for what, where in each["waits"]}
+        assert waits and waits <= numbers, each
 
 
 WAITING: dict[str, Callable[[Tensor], object]] = {

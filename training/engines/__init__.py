@@ -6,6 +6,7 @@ single      one process                                    everything whole
 ddp         PyTorch's DistributedDataParallel              everything whole on every rank
 fsdp        PyTorch's fully_shard                          parameters, gradients and optimizer state in parts
 deepspeed   DeepSpeed's ZeRO, stages 0 to 3                nothing / optimizer state / + gradients / + parameters
+horovod     Horovod's all-reduce                           everything whole on every rank
 
 With --pp, ddp and fsdp spread every stage of a pipeline (pipeline.py); with --tp, fsdp also cuts the matrices
 themselves (tensor_parallel.py). What is refused stands in training/split.py.
@@ -25,16 +26,19 @@ __all__ = ["Engine", "Machine", "SingleEngine", "Totals", "Weights", "build_engi
 
 
 def engine_name(config: Config, world: World) -> str:
-    """config.engine with auto resolved: ddp under torchrun, deepspeed under its launcher, else single.
+    """config.engine with auto resolved: ddp under torchrun, deepspeed and horovod under their launchers, else single.
 
     Raises ValueError for flags that contradict the engine.
     """
-    by_launcher = {None: "single", "torchrun": "ddp" if config.tp == 1 else "fsdp", "deepspeed": "deepspeed"}
+    torchrun = "ddp" if config.tp == 1 else "fsdp"
+    by_launcher = {None: "single", "torchrun": torchrun, "deepspeed": "deepspeed", "horovodrun": "horovod"}
     name = by_launcher[world.launcher] if config.engine == "auto" else config.engine
     if name == "single" and world.size > 1:
         raise ValueError(
             f"--engine single, but a launcher started {world.size} processes; leave --engine out, or start one process"
         )
+    if name == "horovod" and world.launcher not in ("horovodrun", None):
+        raise ValueError(f"--engine horovod under {world.launcher}: start it with horovodrun --gloo -np {world.size}")
     for flag, given, engines in (
         ("--hsdp", config.hsdp, ("fsdp",)),
         (f"--tp {config.tp}", config.tp > 1, ("fsdp",)),
@@ -71,6 +75,10 @@ def build_engine(model: GPT, config: Config, machine: Machine, weights: Weights 
         from training.engines.fsdp import FSDPEngine
 
         return FSDPEngine(model, config, machine, weights)
+    if name == "horovod":
+        from training.engines.horovod import HorovodEngine
+
+        return HorovodEngine(model, config, machine, weights)
     if name == "deepspeed":
         # before its import: DeepSpeed picks its accelerator then, and would look for a GPU even where --device is cpu
         os.environ.setdefault("DS_ACCELERATOR", machine.device.type)

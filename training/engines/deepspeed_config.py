@@ -19,6 +19,12 @@ from training.config import Config
 Settings = dict[str, Any]  # DeepSpeed's JSON, or a section of it
 Value = TypeVar("Value", bound=str | float)
 
+DECIDED = "which our flags decide (--optimizer, --learning_rate, --lr_schedule, ...)"
+NOT_THERE = {  # sections of a file, and why they must not stand there
+    "optimizer": DECIDED,
+    "scheduler": DECIDED,
+    "tensor_parallel": "whose ranks see the same data, and here each has its own (--engine fsdp --tp N splits layers)",
+}
 BUCKET = 50_000_000  # elements sent at a time; DeepSpeed's own 500 million would be larger than a small model
 
 
@@ -33,12 +39,9 @@ def deepspeed_settings(config: Config, dtype: torch.dtype, world_size: int) -> S
     stage = agreed(path, "zero_optimization.stage", zero.get("stage"), "--zero_stage", config.zero_stage, default=2)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"--zero_stage is {stage}; it must be 0, 1, 2 or 3")
-    for section in ("optimizer", "scheduler"):
+    for section, reason in NOT_THERE.items():
         if section in given:
-            raise ValueError(
-                f"{path} has {section!r}, which our flags decide (--optimizer, --learning_rate, --lr_schedule, ...); "
-                "remove it there"
-            )
+            raise ValueError(f"{path} has {section!r}, {reason}; remove it there")
     if config.optimizer != "adamw":
         raise ValueError(
             f"--optimizer {config.optimizer} needs whole matrices, which DeepSpeed's partitions are not; "

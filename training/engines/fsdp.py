@@ -45,7 +45,7 @@ class FSDPEngine(PyTorchEngine):
         if self.device.type != "cuda":
             return False
         with torch.device("meta"):
-            copy = GPT(self.model.config).num_parameters() * self.dtype.itemsize
+            copy = GPT(self.model.config).num_parameters() * self.dtype.itemsize / self.world.model_size
         return copy <= torch.cuda.get_device_properties(self.device).total_memory * MEMORY_FOR_GATHERED
 
     def place(self, model: GPT, weights: Weights) -> GPT:

@@ -85,12 +85,13 @@ def stages_of(rank: int, pp: int, schedule: str, per_rank: int) -> list[int]:
 
 @dataclass
 class Work:
-    """What an update's (or a validation's) stages look at; `sums` is what the last one has said of it."""
+    """What an update's (or a validation's) stages look at, and what the last one makes of it."""
 
     batches: list[Any] = field(default_factory=list)
     criterion: Callable[..., tuple[Tensor, ...]] = nll_by_place
     objective: Any = None
     scale: float = 1.0
+    said: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)  # by micro-batch
     sums: dict[int, Sums] = field(default_factory=dict)
 
 
@@ -108,9 +109,9 @@ class Stage(nn.Module):
         # not parts of this one: it holds its own share of the model's
         self.of: tuple[Pipelined, GPT] = (engine, model)
 
-    def forward(self, x: Tensor, number: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor, number: Tensor) -> Tensor:
         """Of a micro-batch by its number, int64 (1,) on the host. x: hidden states, (rows, sequence, dim), which the
-        first stage has none of. The last gives what the network says."""
+        first stage has none of. What the network says is many things, of which a schedule wants to know one."""
         engine, model = self.of
         work, decoder = engine.work, model.model
         batch = work.batches[int(number)]
@@ -121,7 +122,11 @@ class Stage(nn.Module):
             x = decoder.through(self.blocks, x, context)
             if self.norm is None:
                 return x
-            return model.said(self.norm(x), batch.labels, batch.learnt, partial(work.criterion, batch=batch))  # type: ignore[return-value]
+            criterion = partial(work.criterion, batch=batch)
+            said = model.said(self.norm(x), batch.labels, batch.learnt, criterion)
+        assert isinstance(said, tuple)
+        work.said[int(number)] = said
+        return said[0]
 
 
 def keep_only(model: GPT, blocks: list[int], first: bool, last: bool) -> None:
@@ -169,6 +174,12 @@ class Pipelined(PyTorchEngine):
     def called(self, model: GPT) -> list[nn.Module]:
         return list(self.stages)
 
+    def wrap(self) -> nn.Module:
+        # here all ranks of a pipeline meet, as NCCL wants it: later some of them send each other something while others
+        # compute. And a group that is there has its limit of time set together with all others.
+        assert self.owners
+        return super().wrap()
+
     @cached_property
     def stage_group(self) -> dist.ProcessGroup:
         return self.mesh.get_group("pp")
@@ -207,13 +218,11 @@ class Pipelined(PyTorchEngine):
     def schedule(self, count: int, shape: torch.Size) -> Any:
         """For so many micro-batches of this shape, (rows, sequence)."""
         if (count, shape) not in self.schedules:
-            # the last sends nothing, which it looks up for each tensor that it gives: as many as an Output may have
-            said = (torch.empty(1, device="meta"),) * len(Output._fields)
             stages = [
                 PipelineStage(
                     stage, stage.number, self.n_stages, self.device, group=self.stage_group,
                     input_args=torch.empty(1, dtype=torch.long, device="meta") if stage.first else self.hidden(shape),
-                    output_args=said if stage.last else self.hidden(shape),
+                    output_args=torch.empty(1, device="meta") if stage.last else self.hidden(shape),
                 )
                 for stage in self.stages
             ]  # fmt: skip
@@ -228,10 +237,10 @@ class Pipelined(PyTorchEngine):
         size = (rows, sequence // self.world.tp, self.model.config.dim)
         return torch.empty(size, device=device, requires_grad=device == "meta")
 
-    def loss(self, output: tuple[Tensor, ...], number: Tensor) -> Tensor:
+    def loss(self, _: Tensor, number: Tensor) -> Tensor:
         work, i = self.work, int(number)
         with self.autocast():
-            loss, work.sums[i] = work.objective(Output(*output), work.batches[i])
+            loss, work.sums[i] = work.objective(Output(*work.said.pop(i)), work.batches[i])
         return self.scaler.scale(loss * work.scale)
 
     def reduce(self) -> None:
@@ -271,7 +280,6 @@ class Pipelined(PyTorchEngine):
         """One micro-batch behind the other, in an order of our own: there is none without gradients among the schedules
         that all of them have. What the last stage is told, all ranks hear."""
         self.work = Work(batches, nll_by_place if objective is None else objective.criterion)
-        said: list[tuple[Tensor, ...]] = []
         sending: list[Any] = []
         for i, batch in enumerate(batches):
             x = torch.empty(0)
@@ -284,11 +292,9 @@ class Pipelined(PyTorchEngine):
                     x = x.contiguous()
                     there = self.rank_of(stage.number + 1)
                     sending.append((dist.isend(x, group=self.stage_group, group_dst=there), x))
-                elif stage.last:
-                    said.append(x)
         for sent, _ in sending:
             sent.wait()
-        self.work = Work()
+        said, self.work = list(self.work.said.values()), Work()
         return [Output(*tensors) for tensors in self.told(said)]
 
     def holds(self, stage: int) -> bool:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, _random, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -63,6 +63,10 @@ def split_tensors(model: GPT, mesh: DeviceMesh) -> None:
     if isinstance(decoder.embed_tokens, nn.Module):
         decoder.embed_tokens.forward = partial(look_up, decoder.embed_tokens, mesh)  # type: ignore[method-assign]
     place_parameters(model, mesh, learnt)
+    if mesh.device_type == "cuda":
+        # else in the first dropout of a part all ranks there are would meet, whatever stage they have, and go on with
+        # the first one's random numbers; which ones these are is settled later
+        _random.manual_seed(torch.initial_seed(), mesh)
     model.compiled = partial(in_parts, CrossEntropy(mesh, shape.vocab_size))
 
 
@@ -143,11 +147,21 @@ def rows_here(module: nn.Module, mesh: DeviceMesh) -> Tensor:
     first, most = share_of(len(weight), mesh)
     rows = weight.to_local()
     if isinstance(module, LearntRows):
-        index = module.index.to(rows.device) - first
-        here = (index >= 0) & (index < len(rows))
         learnt = cast(DTensor, module.trainable_tokens_delta).to_local(grad_placements=[Partial()])
-        rows = rows.index_copy(0, index[here], learnt[here])
+        places, which = learnt_here(module, first, rows)
+        rows = rows.index_copy(0, places, learnt.index_select(0, which))
     return F.pad(rows, (0, 0, 0, most - len(rows))) if len(rows) < most else rows
+
+
+def learnt_here(module: LearntRows, first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in this rank's rows of those that are learnt there, and which of all these they are; int64. Found once, on
+    the host: how many there are is a question that a GPU would be waited for."""
+    found = vars(module).get("here")
+    if found is None or found[0].device != rows.device:
+        places = module.index.cpu() - first
+        which = ((places >= 0) & (places < len(rows))).nonzero()[:, 0]
+        found = vars(module)["here"] = places[which].to(rows.device), which.to(rows.device)
+    return found
 
 
 def look_up(module: nn.Module, mesh: DeviceMesh, ids: Tensor) -> Tensor:
