@@ -13,15 +13,18 @@ STAGES = ("pretrain", "full_sft", "dpo", "kto", "distill", "reward", "dpo_lora")
 LORA_START = "full_sft_lora"  # whose adapter the last goes on with
 ADAPTERS = {"lora": LORA, "bottleneck": BOTTLENECK, "prefix": PREFIX}  # by the last word of a run's name
 OTHERS = ("full_sft_bottleneck", "dpo_prefix")  # for the engines that say so
+SPLIT = tuple(stage for stage in STAGES if stage != "distill")  # whose model may be split over ranks
 STEPS = 12
 Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
 
 
 class Asked(NamedTuple):
-    """An engine's flags, and the stages that it is asked for in every run of the tests; a drill asks for the others."""
+    """An engine's flags, and the stages that it is asked for in every run of the tests; a drill asks for the others of
+    those that it takes."""
 
     flags: list[str]
     stages: tuple[str, ...] = STAGES
+    takes: tuple[str, ...] = STAGES
 
 
 Engines = dict[str, Asked]
@@ -29,7 +32,7 @@ Engines = dict[str, Asked]
 
 def meetings(engines: Engines, drill: bool = False) -> list[tuple[str, str]]:
     """(engine, stage), of every run of the tests or of the drill."""
-    left = {name: [stage for stage in STAGES if stage not in asked.stages] for name, asked in engines.items()}
+    left = {name: [stage for stage in asked.takes if stage not in asked.stages] for name, asked in engines.items()}
     return [(name, stage) for name in engines for stage in (left[name] if drill else engines[name].stages)]
 
 

@@ -89,16 +89,16 @@ class Split:
     tp: int = 1
     pp: int = 1
     pp_schedule: str = "1f1b"
-    hsdp: bool = False  # of two nodes
+    nodes: int = 1  # several: what the data ranks of each have together is a whole copy (hsdp)
 
     @property
     def flags(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "ranks"}
+        names = ("engine", "tp", "pp", "pp_schedule")
+        return {name: getattr(self, name) for name in names} | {"hsdp": self.nodes > 1}
 
     @property
     def world(self) -> World:
-        world = World.from_environment(self.tp, self.pp)
-        return replace(world, local_size=self.ranks // 2) if self.hsdp else world
+        return replace(World.from_environment(self.tp, self.pp), local_size=self.ranks // self.nodes)
 
     def takes(self, problem: Problem) -> bool:
         """The others are refused (training/split.py)."""
@@ -116,8 +116,8 @@ SPLITS |= {
     "tp4": Split(4, tp=4),
     "tp2 x fsdp2": Split(4, tp=2),
     "pp2 x tp2": Split(4, tp=2, pp=2),
-    "tp2 x hsdp 2 x 2": Split(8, tp=2, hsdp=True),
-    "pp2 x hsdp 2 x 2": Split(8, pp=2, hsdp=True),
+    "tp2 x hsdp 2 x 2": Split(8, tp=2, nodes=2),
+    "pp2 gpipe x hsdp 2 x 2": Split(8, pp=2, pp_schedule="gpipe", nodes=4),
     "pp2 x tp2 x fsdp2": Split(8, tp=2, pp=2),
     "pp2 interleaved x tp2 x fsdp2": Split(8, tp=2, pp=2, pp_schedule="interleaved"),
     "pp4 x tp2": Split(8, tp=2, pp=4),
@@ -189,6 +189,7 @@ class Learnt(NamedTuple):
     norms: list[float]  # of their gradients, before clipping
     gradients: list[dict[str, Tensor]]  # of the parameters that this rank has a part of, whole
     held_out: float  # loss of other rows, afterwards
+    weights: dict[str, Tensor]  # as they are exported: of rank 0
 
 
 def weights(problem: Problem) -> Iterator[tuple[str, Tensor]]:
@@ -196,7 +197,7 @@ def weights(problem: Problem) -> Iterator[tuple[str, Tensor]]:
     first = fresh_weights(problem.config, 1)
     generator = torch.Generator().manual_seed(5)
     for name, tensor in first if problem.adapter is None else begun(first, problem.adapter, 1):
-        yield name, tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        yield name, tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
 
 
 def engine_of(problem: Problem, world: World, **flags: Any) -> Engine:
@@ -213,7 +214,7 @@ def gradients(model: GPT) -> dict[str, Tensor]:
 
 def learn(engine: Engine, problem: Problem) -> Learnt:
     rows, objective = rows_and_objective(problem.objective)
-    learnt = Learnt([], [], [], 0.0)
+    learnt = Learnt([], [], [], 0.0, {})
 
     def measured(rows: Any, update: int) -> tuple[dict[str, float], float]:
         return engine.evaluate(micro_batches(rows, update, engine.world), objective)[:2]
@@ -225,7 +226,7 @@ def learn(engine: Engine, problem: Problem) -> Learnt:
         learnt.gradients.append(gradients(engine.model))
         learnt.norms.append(engine.step(problem.learning_rate).read())
     sums, weight = measured(rows, UPDATES)
-    return learnt._replace(held_out=sums["loss"] / weight)
+    return learnt._replace(held_out=sums["loss"] / weight, weights=engine.weights())
 
 
 def learn_alone(problem: Problem) -> Learnt:

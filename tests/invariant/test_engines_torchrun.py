@@ -1,6 +1,7 @@
 """DDP and FSDP2 learn in every stage what one process learns: the same losses and the same exported weights.
 
-Every run of the tests asks either for every stage on two ranks; their options, and four ranks, for some.
+Every run of the tests asks either for every stage on two ranks; their options, models that are split, and four ranks,
+for some.
 """
 
 from pathlib import Path
@@ -8,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import train_here
-from tests.invariant.engines import OTHERS, STAGES, Asked, meetings, run_of, same_as_alone, train_all, train_alone
+from tests.invariant.engines import (
+    OTHERS,
+    SPLIT,
+    STAGES,
+    Asked,
+    meetings,
+    run_of,
+    same_as_alone,
+    train_all,
+    train_alone,
+)
 from tests.invariant.rollouts import (
     KINDS,
     rollout_runs,
@@ -17,6 +28,14 @@ from tests.invariant.rollouts import (
     train_rollouts_alone,
 )
 
+BOTTLENECK, PREFIX = OTHERS
+
+
+def split(rows: int, *flags: str) -> list[str]:
+    """Eight rows an update of ranks that have so many at a time, two a micro-batch."""
+    return [*flags, "--batch_size", "2", "--accumulation_steps", str(rows // 2)]
+
+
 TORCHRUN = {
     "ddp": Asked(["--engine", "ddp"], (*STAGES, *OTHERS)),
     "fsdp": Asked(["--engine", "fsdp"], (*STAGES, *OTHERS)),
@@ -24,12 +43,20 @@ TORCHRUN = {
     "fsdp, offload, checkpointing, async": Asked(
         ["--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save"], ("full_sft", "dpo_lora")
     ),
+    "tp2": Asked(split(8, "--tp", "2"), ("pretrain", "dpo_lora"), (*SPLIT, BOTTLENECK)),
+    "pp2, ddp": Asked(split(8, "--engine", "ddp", "--pp", "2"), ("full_sft", "reward"), (*SPLIT, *OTHERS)),
+    "pp2, fsdp, checkpointing, async": Asked(
+        split(8, "--engine", "fsdp", "--pp", "2", "--grad_checkpointing", "--async_save"), (PREFIX,), (*SPLIT, *OTHERS)
+    ),
 }
 ROLLOUTS = ("ddp", "fsdp")
 TOP_K = ["--teacher_top_k", "16", "--distill_loss", "jsd", "--distill_temperature", "2", "--ce_weight", "0.3"]
 FOUR = {
     "ddp": Asked(["--engine", "ddp"], ("pretrain", "kto")),
     "fsdp, a copy a node": Asked(["--engine", "fsdp", "--hsdp"], ("distill", "dpo_lora")),
+    "tp2 x fsdp2, async": Asked(split(4, "--tp", "2", "--async_save"), ("kto",), SPLIT),
+    "pp2 x ddp2": Asked(split(4, "--engine", "ddp", "--pp", "2"), (), (*SPLIT, *OTHERS)),
+    "pp2 x tp2": Asked(split(8, "--tp", "2", "--pp", "2"), ("dpo",), SPLIT),
 }
 
 

@@ -31,6 +31,9 @@ EVERY_RUN: dict[int, list[Meeting]] = {
 }  # fmt: skip
 
 
+OF_EIGHT = ("plain", "untied, qk-norm, checkpointing", "reward", "lora", "bottleneck")  # ranks: they take their time
+
+
 class Differences(NamedTuple):
     """Between a split model and one process, the largest of all updates and ranks, as a share of the latter's."""
 
@@ -38,7 +41,8 @@ class Differences(NamedTuple):
     norms: float  # of gradients, before clipping
     gradients: float  # of a parameter: the norm of the difference by the norm
     held_out: float
-    where: str  # the last but one
+    weights: float  # likewise
+    where: str  # the gradient
 
 
 @cache
@@ -63,6 +67,8 @@ def differences(folder: Path, split: str, problem: str) -> Differences:
     for update in range(UPDATES):
         held = set().union(*(rank.gradients[update] for rank in found))
         assert held == set(expected.gradients[update])
+    weights = found[0].weights
+    assert weights.keys() == expected.weights.keys()
     gradients = [
         (share(gradient, expected.gradients[update][name]), f"{name}, update {update}")
         for rank in found
@@ -74,12 +80,14 @@ def differences(folder: Path, split: str, problem: str) -> Differences:
         norms=max(share(a, b) for rank in found for a, b in zip(rank.norms, expected.norms, strict=True)),
         gradients=max(gradients)[0],
         held_out=max(share(rank.held_out, expected.held_out) for rank in found),
+        weights=max(share(weights[name], tensor) for name, tensor in expected.weights.items()),
         where=max(gradients)[1],
     )
 
 
 def same(off: Differences) -> bool:
-    return off.gradients < 1e-5 and off.norms < 1e-6 and off.losses < 1e-5 and off.held_out < 1e-5
+    near = off.gradients < 1e-5 and off.norms < 1e-6 and off.losses < 1e-5 and off.held_out < 1e-5
+    return near and off.weights < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +114,10 @@ def test_a_micro_batch_that_counts_twice_is_seen(spread: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_way_to_split_every_problem(tmp_path: Path, split: str) -> None:
+def test_every_way_to_split(tmp_path: Path, split: str) -> None:
     how = SPLITS[split]
-    problems = [name for name, problem in PROBLEMS.items() if how.takes(problem) and name != TWICE]
+    wanted = OF_EIGHT if how.ranks == 8 else [name for name in PROBLEMS if name != TWICE]
+    problems = [name for name in wanted if how.takes(PROBLEMS[name])]
     learn_spread(tmp_path, [(split, problem) for problem in problems], how.ranks)
     off = {problem: differences(tmp_path, split, problem) for problem in problems}
     assert {problem: each for problem, each in off.items() if not same(each)} == {}

@@ -322,7 +322,8 @@ class Pipelined(PyTorchEngine):
 
     def gathered(self, learnt: bool) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, on every rank, one at a time; learnt: of those alone that are."""
-        for module in self.model.modules():
+        # after a forward pass alone a stage still holds what it gathered, which is not what is learnt on
+        for module in nn.ModuleList(self.stages).modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         own = dict(self.model.named_parameters())
