@@ -4,9 +4,9 @@ python scripts/memory.py --plan --params 7e9 --gpus 64 --memory 80
 
     7.08 B parameters, the 7 B shape of scripts/scaling_paper.py: dim 4,096, 40 layers, 32 heads, 8 of keys; ...
     456 mixtures: 135 fit into 90% of the memory, 65 do not, 256 are left out: ...
-    tp pp data  engine     schedule     k   checkpointing  GB held  ...  bubble  computes  seconds
-    1  1  64    fsdp       -            16  no                66.8  ...    0.0%      100%     8.28
-    1  2  32    fsdp kept  interleaved  32  no                67.2  ...    1.5%       97%     8.50
+    tp x pp x data  engine     schedule     k   checkpointing  GB held  ...  bubble  computes  seconds
+    1 x 1 x 64      fsdp       -            16  no                66.8  ...    0.0%      100%     8.28
+    1 x 2 x 32      fsdp kept  interleaved  32  no                67.2  ...    1.5%       97%     8.50
     torchrun --nnodes 8 --rdzv_backend c10d ... --engine fsdp --tp 1 --pp 1 --fsdp_reshard yes
 
 Nothing is run and no torch is imported. The formulas are scripts/split_paper.py's, the cluster scaling_paper's RAILS
@@ -145,7 +145,7 @@ def refusal(mix: Mixture, net: Network, asked: Asked) -> str | None:
         "a stage has a layer at least": mix.stages > net.layers,
         "zb and zbv are for ddp without tp": mix.schedule in ZERO_BUBBLE and (mix.tp > 1 or mix.engine != "ddp"),
         "1f1b takes as many micro-batches as stages": mix.pp > 1 and mix.schedule == "1f1b" and k < mix.pp,
-        "interleaved and zb take whole rounds": mix.schedule in ("interleaved", "zb") and k % whole > 0,
+        "interleaved and zb take whole rounds": mix.schedule in ("interleaved", "zb") and (k < mix.pp or k % whole > 0),
         "rows an update divide among data ranks": left > 0 or k == 0,
         "zbv is worth it from two micro-batches a rank": mix.schedule == "zbv" and k < 2 * mix.pp,
         "zb and zbv keep what checkpointing would free": mix.schedule in ZERO_BUBBLE and mix.checkpointing,
@@ -201,18 +201,18 @@ def check(asked: Asked) -> None:
 # What is shown -------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "tp", "pp", "data", "engine", "schedule", "k", "checkpointing",
-    "GB held", "state", "activations", "GB sent", "by tp", "by pp", "by data", "bubble", "computes", "seconds",
+    "tp x pp x data", "engine", "schedule", "k", "checkpointing", "GB held", "state", "activations",
+    "GB sent", "by tp", "by pp", "by data", "bubble", "computes", "seconds",
 )  # fmt: skip
+WIDE = 132  # characters that the table has, whatever the terminal's width
 
 
 def cells(each: Planned, net: Network, asked: Asked) -> list[str]:
     mix, held, sent = each.mix, each.held, each.sent
-    schedule = mix.schedule if mix.pp > 1 else "-"
     made = [held.total, held.state, held.activations + held.head, sum(sent.values()), *sent.values()]
     return [
-        str(mix.tp), str(mix.pp), str(mix.data), mix.engine, schedule, str(each.micro_batches),
-        "yes" if mix.checkpointing else "no", *(f"{size / GB:.1f}" for size in made),
+        f"{mix.tp} x {mix.pp} x {mix.data}", mix.engine, mix.schedule if mix.pp > 1 else "-", f"{each.micro_batches:,}",
+        "yes" if mix.checkpointing else "no", *(f"{size / GB:,.1f}" for size in made),
         f"{each.bubble:.1%}", f"{useful(each, net, asked):.0%}", f"{each.seconds:.2f}",
     ]  # fmt: skip
 
@@ -248,10 +248,11 @@ def show(found: Plan, asked: Asked, top: int, console: Console) -> None:
     for line in said_first(found, asked):
         console.print(line, highlight=False, soft_wrap=True)
     shown = found.fits[:top] or found.too_large[:1]
-    lines = Table(*COLUMNS, title=None if found.fits else "nothing fits; the smallest")
-    for column, name in zip(lines.columns, COLUMNS, strict=True):
-        column.justify = "left" if name in ("engine", "schedule") else "right"
-        column.no_wrap = True
+    title = None if found.fits else "nothing fits; the smallest"
+    lines = Table(title=title, caption="GB are 10^9 bytes of the rank that has most; kept: --fsdp_reshard no")
+    for name in COLUMNS:
+        header = {"checkpointing": "check-\npointing", "activations": "activ-\nations"}.get(name, name)
+        lines.add_column(header, justify="left" if name in ("engine", "schedule") else "right", no_wrap=True)
     for each in shown:
         lines.add_row(*cells(each, found.net, asked))
     if shown:
@@ -302,12 +303,8 @@ def different(fits: list[Planned]) -> list[Planned]:
 
 
 def markdown(planned: list[Planned], net: Network, asked: Asked) -> str:
-    rows = {}
-    for each in planned:
-        first, *others = cells(each, net, asked)
-        rows[f"{first} x {others[0]} x {others[1]}"] = others[2:]
-    columns = list(COLUMNS[3:])
-    return table("tp x pp x data", columns, rows)
+    rows = {first: others for first, *others in (cells(each, net, asked) for each in planned)}
+    return table(COLUMNS[0], list(COLUMNS[1:]), rows)
 
 
 def bubble_table(k: tuple[int, ...] = (8, 16, 64)) -> str:
@@ -345,5 +342,5 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(found, asked, max(1, given.top), Console())
+    show(found, asked, max(1, given.top), Console(width=max(WIDE, Console().width)))
     return 0 if found.fits else 1
