@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 scripts/memory.py --dim 768 --n_layers 16 --engine fsdp
 deepspeed --num_gpus 2 scripts/memory.py --dim 768 --n_layers 16 --zero_stage 2
 python scripts/memory.py --adapter lora
+python scripts/memory.py --plan --params 7e9 --gpus 64 --memory 80     on paper: see scripts/split_plan.py
 
 One update on one short row, random weights, nothing saved. The bytes are those of the live tensors of rank 0, each
 storage counted once: what the parameters stand on, what the optimizer keeps, and what is there before the update and
@@ -23,6 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if __name__ == "__main__" and "--plan" in sys.argv:  # on paper, before torch is imported
+    from scripts.split_plan import main as on_paper
+
+    sys.exit(on_paper())
 
 import torch
 from torch import Tensor

@@ -34,6 +34,7 @@ from dataset.batch import Batch
 from scripts.benchmark_clock import wait
 from scripts.memory import measure, stage_of
 from scripts.scaling_paper import Shape, formula, sent, tables
+from scripts.split_plan import bubble_table, plan_tables
 from training import NextToken, PretrainConfig, build_engine
 from training.engines import Engine
 from training.setup import run_stage, start_machine, starting_model
@@ -195,6 +196,6 @@ def main(config: PretrainConfig) -> None:
 
 if __name__ == "__main__":
     if "--paper" in sys.argv:
-        print(tables())
+        print(tables(), bubble_table(), plan_tables(), sep="\n\n")
     else:
         run_stage(main, PretrainConfig, __doc__)

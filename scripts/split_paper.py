@@ -319,8 +319,8 @@ def kept_by_block(net: Network, tp: int = 1) -> float:
 
     Together 30 d + 4 c + 8 f + 4 q + 4 H + 8 without tp: 27,432 for d 512, c 128, f 1,408, H 8, and so many are what
     autograd saves. A compiled block computes pointwise things again and keeps 14 d + 4 c + 6 f + 2 q + 4 H + 8 of them
-    (16,296); planned is with the larger. Korthikanti et al. 2022 (arXiv:2205.05198) have 34 h + 5 a s for GPT-3's block (h = dim, a heads, s
-    sequence), all in 16 bits and with attention's s x s scores, which FlashAttention does not keep.
+    (16,296); planned is with the larger. Korthikanti et al. 2022 (arXiv:2205.05198) have 34 h + 5 a s for GPT-3's block
+    (h = dim, a heads, s sequence), all in 16 bits and with the s x s scores, which FlashAttention does not keep.
     """
     width = net.dim // net.heads
     cut_up = 20 * net.dim + 4 * net.kv_dim + 4 * net.heads + 8 * net.ffn + 8

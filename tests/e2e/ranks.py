@@ -103,14 +103,6 @@ def generators_difference(engine: Engine) -> float:
     return float(worst)
 
 
-def weights_of_one_model(engine: str) -> list[float]:
-    """Both ranks hold one model between them, so neither may count the other's rows: the weight each divides by."""
-    one = World(world.rank, world.size, world.local_rank, world.local_size, world.launcher, tp=2)
-    config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, engine=engine)  # type: ignore[arg-type]
-    spread = build_engine(GPT(SHAPE), config, Machine(one, device, torch.float32))
-    return spread.gather(spread.forward_backward(micro_batches(0)[: 1 + world.rank], NextToken()).read().weight)
-
-
 def comes_back_by_name(engine: Any, folder: Path) -> bool:
     """The checkpoint of state that lives on a disk: a folder a parameter, read by any engine."""
     engine.save_by_name(folder)
@@ -188,8 +180,4 @@ for name, flags in ENGINES.items():
     result = try_out(flags)
     if world.rank == 0:
         print(json.dumps({"engine": name} | result), flush=True)
-for name in ("ddp", "fsdp") if "ddp" in ENGINES else ():
-    weights = weights_of_one_model(name)
-    if world.rank == 0:
-        print(json.dumps({"engine": f"{name}, one model on two ranks", "weights": weights}), flush=True)
 dist.destroy_process_group()

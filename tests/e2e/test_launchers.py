@@ -94,12 +94,6 @@ def test_decay_and_betas_stay_the_runs_own_when_a_checkpoint_is_loaded(ranks: di
     assert ranks[engine]["settings are its own"]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_ranks_that_hold_one_model_between_them_do_not_divide_the_data(ranks: dict[str, Any], engine: str) -> None:
-    """One micro-batch of 32 labels on rank 0, two on rank 1; nothing is summed over the two."""
-    assert ranks[f"{engine}, one model on two ranks"]["weights"] == [32, 64]
-
-
 def test_ranks_agree_on_the_best_model_whoever_holds_its_weights(tmp_path: Path) -> None:
     """Every validation is better than the one before, so that the best model is the last one."""
     engines = {
