@@ -204,7 +204,7 @@ COLUMNS = (
     "tp x pp x data", "engine", "schedule", "k", "checkpointing", "GB held", "state", "activations",
     "GB sent", "by tp", "by pp", "by data", "bubble", "computes", "seconds",
 )  # fmt: skip
-WIDE = 132  # characters that the table has, whatever the terminal's width
+WIDE = 160  # characters that the table has, whatever the terminal's width
 
 
 def cells(each: Planned, net: Network, asked: Asked) -> list[str]:
@@ -251,8 +251,14 @@ def show(found: Plan, asked: Asked, top: int, console: Console) -> None:
     title = None if found.fits else "nothing fits; the smallest"
     lines = Table(title=title, caption="GB are 10^9 bytes of the rank that has most; kept: --fsdp_reshard no")
     for name in COLUMNS:
-        header = {"checkpointing": "check-\npointing", "activations": "activ-\nations"}.get(name, name)
-        lines.add_column(header, justify="left" if name in ("engine", "schedule") else "right", no_wrap=True)
+        header = {"checkpointing": "check-\npointing", "activations": "activ-\nations", COLUMNS[0]: COLUMNS[0]}.get(
+            name
+        )
+        lines.add_column(
+            header or name.replace(" ", "\n"),
+            justify="left" if name in ("engine", "schedule") else "right",
+            no_wrap=True,
+        )
     for each in shown:
         lines.add_row(*cells(each, found.net, asked))
     if shown:

@@ -231,6 +231,8 @@ class Run:
         if self.whole.adapter is not None:
             parameters += f", {self.whole.num_parameters(learnt=True) / 1e6:,.3f} M of them learnt ({config.adapter})"
         ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
+        split = [f"{flag} {size}" for flag, size in (("tp", world.tp), ("pp", world.pp)) if size > 1]
+        ranks += f" ({', '.join(split)})" if split else ""
         precision = str(engine.dtype).removeprefix("torch.")
         tokens = source.rows_per_update * source.tokens_per_row
         about = f" (about {tokens:,.0f} tokens)" if tokens else ""
