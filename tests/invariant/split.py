@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from dataset.batch import Batch
 from dataset.loader import EMPTY_ROW, LabelledRows, PairRows, ScoredRows, TextRows
@@ -52,6 +52,8 @@ class Problem:
     adapter: Adapter | None = None
     flags: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-4
+    dtype: torch.dtype = torch.float32
+    overflows: bool = False  # in the second update, on the first rank alone
 
     @property
     def config(self) -> GPTConfig:
@@ -76,7 +78,15 @@ PROBLEMS = {
     "prefix": Problem(adapter=Prefix(length=3)),
     # which multiplies in bfloat16, and makes more of rounding
     "muon": Problem(flags={"optimizer": "muon"}, learning_rate=1e-5),
+}
+UNTIED = {"tie_embeddings": False}  # so that no gradient that overflows is told from one end to the other by the tie
+OPTIONS = {  # which change what is learnt, or how exactly
     "one micro-batch twice": Problem(objective="twice"),
+    "dropout": Problem({"dropout": 0.1}),
+    "lora, dropout": Problem(adapter=LoRA(rank=4, alpha=4.0, dropout=0.1, dora=True, tokens=ROWS)),
+    "bfloat16": Problem(dtype=torch.bfloat16),
+    "float16": Problem(UNTIED, dtype=torch.float16, overflows=True),
+    "compiled": Problem(flags={"compile": True}),
 }
 
 
@@ -190,6 +200,8 @@ class Learnt(NamedTuple):
     gradients: list[dict[str, Tensor]]  # of the parameters that this rank has a part of, whole
     held_out: float  # loss of other rows, afterwards
     weights: dict[str, Tensor]  # as they are exported: of rank 0
+    scales: list[float]  # that losses were multiplied by
+    copies: dict[str, Tensor]  # this rank's part of every parameter, by name and which part it is
 
 
 def weights(problem: Problem) -> Iterator[tuple[str, Tensor]]:
@@ -204,7 +216,7 @@ def engine_of(problem: Problem, world: World, **flags: Any) -> Engine:
     with torch.device("meta"):
         model = GPT(problem.config, problem.adapter)
     flags = {"batch_size": 2, "max_seq_len": WIDTH} | problem.flags | flags
-    return build_engine(model, PretrainConfig(**flags), Machine(world, CPU, torch.float32), partial(weights, problem))
+    return build_engine(model, PretrainConfig(**flags), Machine(world, CPU, problem.dtype), partial(weights, problem))
 
 
 def gradients(model: GPT) -> dict[str, Tensor]:
@@ -212,9 +224,28 @@ def gradients(model: GPT) -> dict[str, Tensor]:
     return {name: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for name, g in found.items()}
 
 
+def parts(model: GPT) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            dims = zip(parameter.placements, parameter.device_mesh.get_coordinate() or (), strict=True)
+            name += "".join(f", part {place} of dimension {cut.dim}" for cut, place in dims if isinstance(cut, Shard))
+            parameter = parameter.to_local()
+        found[name] = parameter.detach().clone()
+    return found
+
+
+def overflow(learnt: Learnt, block: Any, inputs: Any, output: Tensor) -> None:
+    """A gradient too large for its type, behind a block, in the second update."""
+    if output.requires_grad and len(learnt.scales) == 1:
+        output.register_hook(lambda gradient: gradient * torch.inf)
+
+
 def learn(engine: Engine, problem: Problem) -> Learnt:
     rows, objective = rows_and_objective(problem.objective)
-    learnt = Learnt([], [], [], 0.0, {})
+    learnt = Learnt([], [], [], 0.0, {}, [], {})
+    if problem.overflows and engine.world.rank == 0:
+        engine.model.blocks()[0].register_forward_hook(partial(overflow, learnt))
 
     def measured(rows: Any, update: int) -> tuple[dict[str, float], float]:
         return engine.evaluate(micro_batches(rows, update, engine.world), objective)[:2]
@@ -224,9 +255,10 @@ def learn(engine: Engine, problem: Problem) -> Learnt:
         totals = engine.forward_backward(micro_batches(rows, update, engine.world), told).read()
         learnt.losses.append(totals.sums["loss"] / totals.weight)
         learnt.gradients.append(gradients(engine.model))
+        learnt.scales.append(engine.scaler.get_scale())
         learnt.norms.append(engine.step(problem.learning_rate).read())
     sums, weight = measured(rows, UPDATES)
-    return learnt._replace(held_out=sums["loss"] / weight, weights=engine.weights())
+    return learnt._replace(held_out=sums["loss"] / weight, weights=engine.weights(), copies=parts(engine.model))
 
 
 def learn_alone(problem: Problem) -> Learnt:
@@ -241,7 +273,7 @@ def main(folder: str, meetings: str) -> None:
     torch.set_num_threads(1)
     start(World.from_environment(), CPU)
     for split, name in json.loads(meetings):
-        world, problem = SPLITS[split].world, PROBLEMS[name]
+        world, problem = SPLITS[split].world, (PROBLEMS | OPTIONS)[name]
         flags = SPLITS[split].flags | {"accumulation_steps": MICRO_BATCHES // world.data_size}
         torch.save(
             tuple(learn(engine_of(problem, world, **flags), problem)), file_of(Path(folder), split, name, world.rank)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import ROOT, launched
-from tests.invariant.split import PROBLEMS, SPLITS, UPDATES, Learnt, file_of, learn_alone
+from tests.invariant.split import OPTIONS, PROBLEMS, SPLITS, UPDATES, Learnt, file_of, learn_alone
 
 TWICE = "one micro-batch twice"
 Meeting = tuple[str, str]  # split, problem
@@ -47,7 +47,7 @@ class Differences(NamedTuple):
 
 @cache
 def alone(problem: str) -> Learnt:
-    return learn_alone(PROBLEMS["plain" if problem == TWICE else problem])
+    return learn_alone((PROBLEMS | OPTIONS)["plain" if problem == TWICE else problem])
 
 
 def learn_spread(folder: Path, meetings: Sequence[Meeting], ranks: int) -> Path:
@@ -61,9 +61,18 @@ def share(found: Tensor | float, expected: Tensor | float) -> float:
     return off if off == off else torch.inf
 
 
+def learnt_by(folder: Path, split: str, problem: str) -> list[Learnt]:
+    """What the ranks have learnt; of what several have, all have the same."""
+    found = [Learnt(*torch.load(file_of(folder, split, problem, rank))) for rank in range(SPLITS[split].ranks)]
+    copies: dict[str, Tensor] = {}
+    for rank in found:
+        for name, part in rank.copies.items():
+            assert torch.equal(part, copies.setdefault(name, part)), name
+    return found
+
+
 def differences(folder: Path, split: str, problem: str) -> Differences:
-    expected, ranks = alone(problem), range(SPLITS[split].ranks)
-    found = [Learnt(*torch.load(file_of(folder, split, problem, rank))) for rank in ranks]
+    expected, found = alone(problem), learnt_by(folder, split, problem)
     for update in range(UPDATES):
         held = set().union(*(rank.gradients[update] for rank in found))
         assert held == set(expected.gradients[update])

@@ -113,6 +113,12 @@ class SplitGPT(GPT):
             return cast(DTensor, self.score.weight).to_local()
         return rows_here(self.lm_head or self.model.embed_tokens, self.tensors)
 
+    def compile_parts(self, backend: Any = "inductor") -> None:
+        """The blocks; the loss of a chunk stays what its ranks make of it together."""
+        together = self.compiled
+        super().compile_parts(backend)
+        self.compiled = together
+
     def said(
         self, hidden: Tensor, labels: Tensor, learnt: Tensor | None = None, criterion: Criterion | None = None
     ) -> Tensor | tuple[Tensor, ...]:
