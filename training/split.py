@@ -49,6 +49,11 @@ def check_schedule(config: Config, engine: str) -> None:
             f"--pp_schedule {schedule} makes gradients of weights apart from the backward pass, which fsdp does not "
             "notice; give --engine ddp, or --pp_schedule interleaved"
         )
+    if config.compile and schedule in ZERO_BUBBLE:
+        raise ValueError(
+            f"--compile with --pp_schedule {schedule} makes gradients of weights apart from the backward pass, which "
+            "of a compiled block is one piece; leave --compile out, or give --pp_schedule interleaved"
+        )
     if schedule in SINGLE and per_rank != 1:
         raise ValueError(
             f"--pp_stages_per_rank {per_rank}: {schedule} has one stage a rank; give --pp_schedule interleaved or zb"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
@@ -31,8 +31,10 @@ from model.gpt import fresh_weights
 from tests.conftest import encoded
 from training import DPO, NextToken, PretrainConfig, build_engine
 from training.distributed import World, start, stop
-from training.engines import Engine, Machine
+from training.engines import Machine
+from training.engines.pytorch import PyTorchEngine
 from training.objectives import KTO, BradleyTerry
+from training.split import ZERO_BUBBLE
 
 UPDATES, MICRO_BATCHES = 3, 4
 WIDTH, VOCABULARY, PAD = 32, 97, 3  # places of a row; a prime number, which no number of ranks divides
@@ -112,6 +114,8 @@ class Split:
 
     def takes(self, problem: Problem) -> bool:
         """The others are refused (training/split.py)."""
+        if "compile" in problem.flags:
+            return self.pp_schedule not in ZERO_BUBBLE
         return self.tp == 1 or not (isinstance(problem.adapter, Prefix) or "optimizer" in problem.flags)
 
 
@@ -212,11 +216,12 @@ def weights(problem: Problem) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
 
 
-def engine_of(problem: Problem, world: World, **flags: Any) -> Engine:
+def engine_of(problem: Problem, world: World, **flags: Any) -> PyTorchEngine:
     with torch.device("meta"):
         model = GPT(problem.config, problem.adapter)
     flags = {"batch_size": 2, "max_seq_len": WIDTH} | problem.flags | flags
-    return build_engine(model, PretrainConfig(**flags), Machine(world, CPU, problem.dtype), partial(weights, problem))
+    machine = Machine(world, CPU, problem.dtype)
+    return cast(PyTorchEngine, build_engine(model, PretrainConfig(**flags), machine, partial(weights, problem)))
 
 
 def gradients(model: GPT) -> dict[str, Tensor]:
@@ -241,7 +246,7 @@ def overflow(learnt: Learnt, block: Any, inputs: Any, output: Tensor) -> None:
         output.register_hook(lambda gradient: gradient * torch.inf)
 
 
-def learn(engine: Engine, problem: Problem) -> Learnt:
+def learn(engine: PyTorchEngine, problem: Problem) -> Learnt:
     rows, objective = rows_and_objective(problem.objective)
     learnt = Learnt([], [], [], 0.0, {}, [], {})
     if problem.overflows and engine.world.rank == 0:
@@ -271,6 +276,7 @@ def file_of(folder: Path, split: str, problem: str, rank: int) -> Path:
 
 def main(folder: str, meetings: str) -> None:
     torch.set_num_threads(1)
+    PyTorchEngine.compiler = "aot_eager"  # graphs as ever, without the minutes in which they become machine code
     start(World.from_environment(), CPU)
     for split, name in json.loads(meetings):
         world, problem = SPLITS[split].world, (PROBLEMS | OPTIONS)[name]

@@ -41,7 +41,7 @@ from training.engines.contract import B, Totals, Weights
 from training.engines.fsdp import FSDPEngine
 from training.engines.pytorch import PyTorchEngine, layout_of
 from training.objectives import Objective, Output, Sums
-from training.split import SINGLE, check_micro_batches, stages_per_rank
+from training.split import SINGLE, ZERO_BUBBLE, check_micro_batches, stages_per_rank
 from training.transfer import Deferred
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
@@ -170,6 +170,11 @@ class Pipelined(PyTorchEngine):
     @property
     def tied(self) -> bool:
         return self.whole.lm_head is None and self.whole.score is None
+
+    def set_up_blocks(self) -> None:
+        # of a compiled block the whole backward pass is one piece: gradients of weights, wanted apart, would be lost
+        self.compiled = self.compiled and self.config.pp_schedule not in ZERO_BUBBLE
+        super().set_up_blocks()
 
     def called(self, model: GPT) -> list[nn.Module]:
         return list(self.stages)
