@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -94,16 +95,26 @@ class World:
         """
         dims = {"pp": self.pp, "data": self.data_size, "tp": self.tp}
         if copy_a_node:
-            within, left = divmod(min(self.local_size, self.tp * self.data_size), self.tp)
-            if left or self.size % self.local_size or self.data_size % within:
-                raise ValueError(
-                    f"--hsdp needs the same number of processes on every node, a multiple of --tp {self.tp}, and "
-                    f"stages of whole nodes; {self.size} processes in {self.pp} stages are not a multiple of the "
-                    f"{self.local_size} here"
-                )
-            dims = {"pp": self.pp, "replicate": self.data_size // within, "shard": within, "tp": self.tp}
+            shard = self.parts(copy_a_node)
+            dims = {"pp": self.pp, "replicate": self.data_size // shard, "shard": shard, "tp": self.tp}
         dims = {name: size for name, size in dims.items() if size > 1 or name not in ("pp", "tp")}
         return init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
+
+    def parts(self, copy_a_node: bool = False) -> int:
+        """How many data ranks hold one copy of a stage between them: all of them, or those of a node.
+
+        Raises ValueError where nodes cannot hold whole copies.
+        """
+        if not copy_a_node:
+            return self.data_size
+        within, left = divmod(min(self.local_size, self.tp * self.data_size), self.tp)
+        if left or self.size % self.local_size or self.data_size % within:
+            raise ValueError(
+                f"--hsdp needs the same number of processes on every node, a multiple of --tp {self.tp}, and "
+                f"stages of whole nodes; {self.size} processes in {self.pp} stages are not a multiple of the "
+                f"{self.local_size} here; start others, or leave --hsdp out"
+            )
+        return within
 
     @classmethod
     def from_environment(cls, tp: int = 1, pp: int = 1) -> "World":
@@ -124,8 +135,9 @@ class World:
         )
         if world.size % world.model_size:
             raise ValueError(
-                f"--tp {tp} x --pp {pp} ranks hold one model between them, and {world.size} processes are no multiple "
-                f"of {tp * pp}; start so many, or lower --tp or --pp"
+                f"--tp {tp} x --pp {pp} ranks hold one model between them, and the number of processes, {world.size}, "
+                f"is no multiple of {tp * pp}; start {world.model_size} (torchrun --nproc_per_node {world.model_size}) "
+                "or a multiple of it, or lower --tp or --pp"
             )
         return world
 
@@ -388,12 +400,23 @@ def barrier(device: torch.device) -> None:
         dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone or silent (in words of gloo, NCCL, the store, Horovod)."""
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what led to it: a pipeline's schedule wraps whatever a stage raises into one of its own."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def lost_contact(error: BaseException) -> str | None:
+    """The first line of what says that another rank is gone or silent (gloo's, NCCL's and the store's words for it);
+    None where nothing does."""
     words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "recv", "peer")
-    named = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
-    named = named or type(error).__name__ == "HorovodInternalError"  # of a package that few have
-    return dist.is_initialized() and (named or ("gloo" in str(error) and any(word in str(error) for word in words)))
+    for each in causes(error):
+        named = isinstance(each, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
+        if dist.is_initialized() and (named or ("gloo" in str(each) and any(word in str(each) for word in words))):
+            return (str(each) or type(each).__name__).splitlines()[0]
+    return None
 
 
 def check_agreement(values: dict[str, object]) -> None:

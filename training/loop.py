@@ -119,14 +119,15 @@ def explained(run: "Run") -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         config, step = run.config, run.progress.step
-        if distributed.is_lost_contact(error):
+        if (words := distributed.lost_contact(error)) is not None:
             raise ValueError(
                 f"rank {run.engine.world.rank} lost contact with another rank after step {step} "
-                f"({str(error).splitlines()[0]}); the newest checkpoint stands, and the same command goes on from it "
+                f"({words}); the newest checkpoint stands, and the same command goes on from it "
                 "(torchrun --max_restarts N does so by itself)"
             ) from error
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search(
-            "(out of|enough|allocate) memory", str(error)
+        if not any(
+            isinstance(each, torch.OutOfMemoryError) or re.search("(out of|enough|allocate) memory", str(each))
+            for each in distributed.causes(error)
         ):
             raise
         raise ValueError(

@@ -29,6 +29,7 @@ from training.config import SHAPE_FLAGS, ChatConfig, Config, model_folder, rules
 from training.distributed import World
 from training.engines import Machine, Weights, engine_name
 from training.objectives import STAGES
+from training.split import check_micro_batches, check_shape, planned_micro_batches
 from training.stages import DistillConfig
 from training.teacher import Teacher
 
@@ -46,13 +47,10 @@ def run(main: Callable[[C], None], asked: C) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         text = one_line(error)
         if isinstance(error, RuntimeError):
-            if not distributed.is_lost_contact(error):
+            if (words := distributed.lost_contact(error)) is None:
                 raise
             rank = torch.distributed.get_rank()
-            text = (
-                f"rank {rank} lost contact with another rank ({text.splitlines()[0]}); "
-                "the one that ended first says why"
-            )
+            text = f"rank {rank} lost contact with another rank ({words}); the one that ended first says why"
         leave(f"error: {text}", 2)
     finally:
         distributed.stop()
@@ -70,7 +68,9 @@ def start_machine(config: Config) -> Machine:
     """Meet the other processes, make sure that all were started alike, pick device and precision."""
     world = World.from_environment(config.tp, config.pp)
     device = distributed.pick_device(config.device, world)
-    if engine_name(config, world) != "single":
+    alone = engine_name(config, world) == "single"
+    check_micro_batches(config, planned_micro_batches(config, world.data_size))
+    if not alone:
         distributed.start(world, device, min(distributed.FIRST_CONTACT, config.comm_timeout))
         alike = {f"--{name}": getattr(config, name) for name, rule in rules(config).items() if not rule.by_node}
         distributed.check_agreement(
@@ -240,6 +240,7 @@ class Data:
 def load_data(start: Start[Any], machine: Machine) -> Data:
     """Tokenize (or open the cache) and print what became of every row. Raises DataError, and ValueError for no data."""
     config, world = start.config, machine.world
+    check_shape(config, start.model.config, world.parts(config.hsdp))  # for which no data need be read
     if world.rank == 0 and start.note:
         print(start.note, flush=True)
     train, val = load_parts(start, show=world.rank == 0)

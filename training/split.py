@@ -1,10 +1,14 @@
 """Which ways of splitting a model there are, and what cannot be, said in one sentence each.
 
-check_flags(config, "ddp")                  --tp 2 with plain DDP: ValueError
-check_shape(config, shape, row=512)         --tp 4 of 6 heads: ValueError
-check_micro_batches("1f1b", pp=4, count=2)  fewer than stages: ValueError
+check_flags(config, "ddp")                 --tp 2 of a stage that draws answers: ValueError
+check_shape(config, shape, parts=1)        --tp 4 of 6 heads: ValueError
+check_micro_batches(config, count=2)       --pp 4, fewer than stages: ValueError
+
+What an engine has no part in at all, and whether there are ranks enough, is refused before: engines.engine_name, and
+World.from_environment.
 """
 
+from dataset.loader import fitting, micro_batches
 from model import GPTConfig
 from training.config import Config
 
@@ -33,13 +37,13 @@ def check_flags(config: Config, engine: str) -> None:
             f"--optimizer muon makes its update of whole matrices, which no rank has under --tp {config.tp}; "
             "give --optimizer adamw, or --pp or --engine fsdp in place of --tp"
         )
-    if config.pp > 1:
-        check_schedule(config, engine)
     if config.tp > 1 and config.adapter == "prefix":
         raise ValueError(
             f"--adapter prefix under --tp {config.tp}: its keys and values of all heads are one matrix; give "
             "--adapter lora, or --pp in place of --tp"
         )
+    if config.pp > 1:
+        check_schedule(config, engine)
 
 
 def check_schedule(config: Config, engine: str) -> None:
@@ -64,26 +68,42 @@ def check_schedule(config: Config, engine: str) -> None:
         raise ValueError("--pp_stages_per_rank 1: interleaved has several a rank; give 2, or --pp_schedule 1f1b")
 
 
-def check_shape(config: Config, shape: GPTConfig) -> None:
-    """Raise ValueError for a model that cannot be split as asked."""
+def planned_micro_batches(config: Config, data_size: int) -> int:
+    """How many an update will have, by flags alone: where the data fill one."""
+    if not config.global_batch_size:
+        return config.accumulation_steps
+    rows = fitting(config.batch_size, config.global_batch_size, data_size)
+    return micro_batches(config.global_batch_size, rows * data_size)
+
+
+def check_shape(config: Config, shape: GPTConfig, parts: int = 1) -> None:
+    """Raise ValueError for a model that cannot be split as asked. parts: how many data ranks hold one copy of a stage
+    between them."""
     row = config.max_seq_len or shape.max_seq_len
     divided = {"n_heads": shape.n_heads, "n_kv_heads": shape.n_kv_heads, "ffn_dim": shape.ffn_dim or 0}
     divided["max_seq_len"] = row  # between the products every rank has a part of each row
     for name, value in divided.items():
         if value % config.tp:
-            fitting = ", ".join(str(n) for n in range(1, value + 1) if all(v % n == 0 for v in divided.values()))
-            raise ValueError(f"--tp {config.tp} does not divide {name} {value}; of this model it may be {fitting}")
+            may_be = ", ".join(str(n) for n in range(1, value + 1) if all(v % n == 0 for v in divided.values()))
+            raise ValueError(f"--tp {config.tp} does not divide {name} {value}; of this model it may be {may_be}")
+    if config.tp > 1 and shape.dim % parts:
+        raise ValueError(
+            f"--tp {config.tp} leaves the width of matrices to the {parts} data ranks, which do not divide dim "
+            f"{shape.dim}; start another number of processes, or give --pp or --engine fsdp in place of --tp"
+        )
     stages = config.pp * stages_per_rank(config) if config.pp > 1 else 1
     if stages > shape.n_layers:
         raise ValueError(
-            f"--pp {config.pp} with {stages // config.pp} stages a rank are {stages} stages, and the model has "
-            f"{shape.n_layers} layers; a stage has at least one: lower --pp or --pp_stages_per_rank"
+            f"--pp {config.pp} with --pp_stages_per_rank {stages // config.pp} makes {stages} stages of at least one "
+            f"layer, and n_layers is {shape.n_layers}; lower --pp or --pp_stages_per_rank, or give --pp_schedule 1f1b"
         )
 
 
 def check_micro_batches(config: Config, count: int) -> None:
     """Raise ValueError for a number of micro-batches an update that the schedule cannot use."""
     schedule, pp = config.pp_schedule, config.pp
+    if pp == 1:
+        return
     rounds = max(1, count // pp)
     fits = {
         "gpipe": True,

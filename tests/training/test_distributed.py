@@ -36,9 +36,7 @@ def test_a_world_read_from_the_environment_holds_a_model_a_rank(monkeypatch):
     assert world == World(3, 4, 1, 2, "torchrun", tp=1, pp=1)
     assert (world.data_rank, world.data_size) == (3, 4)
     assert World.from_environment(tp=2) == World(3, 4, 1, 2, "torchrun", tp=2, pp=1)
-    with pytest.raises(
-        ValueError, match="--tp 3 x --pp 1 ranks hold one model .*, and 4 processes are no multiple of 3"
-    ):
+    with pytest.raises(ValueError, match="--tp 3 x --pp 1 ranks hold one model .* processes, 4, is no multiple of 3"):
         World.from_environment(tp=3)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setenv("LOCAL_SIZE", "4")

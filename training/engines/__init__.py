@@ -61,7 +61,7 @@ def engine_name(config: Config, world: World) -> str:
 def build_engine(model: GPT, config: Config, machine: Machine, weights: Weights | None = None) -> Engine:
     """The engine config.engine names. `weights` fill a model that stands on the meta device."""
     name = engine_name(config, machine.world)
-    check_shape(config, model.config)
+    check_shape(config, model.config, machine.world.parts(config.hsdp))
     # imported when asked for: DeepSpeed is an extra, and both take seconds
     if config.pp > 1:
         from training.engines.pipeline import PIPELINES
