@@ -1,27 +1,33 @@
-"""What does one rank hold? An engine's flags in; bytes of parameters, gradients and optimizer state out, measured.
+"""What does one rank hold? An engine's flags in; bytes of parameters, gradients, optimizer state and activations out.
 
 torchrun --nproc_per_node 2 scripts/memory.py --dim 768 --n_layers 16 --engine fsdp
 deepspeed --num_gpus 2 scripts/memory.py --dim 768 --n_layers 16 --zero_stage 2
+torchrun --nproc_per_node 4 scripts/memory.py --dim 768 --n_layers 16 --engine fsdp --pp 2 --tp 2 --accumulation_steps 4
 python scripts/memory.py --adapter lora
 python scripts/memory.py --plan --params 7e9 --gpus 64 --memory 80     on paper: see scripts/split_plan.py
 
-One update on one short row, random weights, nothing saved. The bytes are those of the live tensors of rank 0, each
-storage counted once: what the parameters stand on, what the optimizer keeps, and what is there before the update and
-gone after it (gradients). Beside them the formula of the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054,
-section 3) for this engine's number of copies.
+An update of short rows, random weights, nothing saved. The bytes are those of the live tensors of rank 0, and in a
+pipeline of the first rank of every stage, each storage counted once: what the parameters stand on, what the optimizer
+keeps, and what is there before the update and gone after it (gradients). Beside them the formula of the ZeRO paper
+(Rajbhandari et al. 2020, arXiv:1910.02054, section 3) for this engine's number of copies, of what a rank of --tp and
+--pp has of the model. Activations are what forward passes leave for backward passes at most, of a row a micro-batch;
+beside them scripts/split_paper.py's formula, which is a GPU's in 16 bits: a CPU keeps a little else.
 
-The flags are those of pretraining. Shape, engine, precision, offload and the adapter count; data, batches and reporting
-do not.
+The flags are those of pretraining. Shape, engine, precision, offload, --accumulation_steps and the adapter count; data,
+rows and reporting do not.
 """
 
 import contextlib
 import gc
 import json
+import re
 import sys
+import weakref
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -35,18 +41,41 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dataset.batch import Batch
-from model import GPT
+from model import GPT, GPTConfig
 from model.adapters import begun
+from scripts import split_paper
 from training import NextToken, PretrainConfig, build_engine
 from training.adapting import new_adapter
+from training.config import Config
 from training.engines import Engine
+from training.engines.pipeline import cut, stages_of
 from training.metrics import peak_memory_mb
 from training.setup import Start, run_stage, start_machine, starting_model
+from training.split import stages_per_rank
 
 if TYPE_CHECKING:  # DeepSpeed is an extra
     from training.engines.deepspeed import ZeroEngine
 
 Storages = dict[int, int]  # address -> bytes
+STATE = ("parameters", "gradients", "optimizer")
+LENGTH = 128  # tokens of a row of which activations are counted
+
+
+class Looked(NamedTuple):
+    """Bytes by part."""
+
+    measured: dict[str, int]
+    formula: dict[str, float]
+
+    def show(self) -> None:
+        rows: dict[str, tuple[int, float | None]] = {}
+        for part, size in self.measured.items():
+            if part == "activations":
+                rows["state"] = sum(self.measured[each] for each in STATE), sum(self.formula[each] for each in STATE)
+            rows[part] = size, self.formula.get(part)
+        for part, (size, expected) in rows.items():
+            beside = "" if expected is None else f"  formula {expected:>15,.0f}"
+            print(f"  {part:<11} {size:>15,}{beside}")
 
 
 def storages(tensors: Iterable[object]) -> Storages:
@@ -99,11 +128,14 @@ def stage_of(engine: Engine) -> int:
     return {"single": 0, "ddp": 0, "fsdp": 3}.get(engine.name, getattr(engine, "stage", 0))
 
 
-def measure(engine: Engine) -> dict[str, int]:
-    ids = torch.arange(16).expand(1, 16)
-    batch = Batch.of(ids, ids + 1, torch.arange(16)[None], row_ids=[0], real_tokens=16)
+def short(rows: int, length: int = 16) -> Batch:
+    ids = torch.arange(length).expand(rows, length)
+    return Batch.of(ids, ids + 1, ids, row_ids=list(range(rows)), real_tokens=rows * length)
+
+
+def measure(engine: Engine, micro_batches: int = 1) -> dict[str, int]:
     for _ in range(2):  # the first update makes the optimizer's state
-        engine.forward_backward([batch], NextToken())
+        engine.forward_backward([short(1)] * micro_batches, NextToken())
         held = gradients_of(engine)
         before_step = live(engine)
         engine.step(1e-4)
@@ -115,6 +147,104 @@ def measure(engine: Engine) -> dict[str, int]:
     buffers = {k: v for k, v in after_step.items() if k not in known and k not in gradients}
     named = {"parameters": parameters, "gradients": gradients, "optimizer": optimizer, "buffers": buffers}
     return {name: sum(part.values()) for name, part in named.items()}
+
+
+# Activations ---------------------------------------------------------------------------------------------------------
+
+
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """While this is entered: bytes of the storages that autograd keeps for backward passes, at most at a time."""
+
+    def __init__(self) -> None:
+        # given back as it is, a tensor would learn what made it, and never be dropped by what makes it
+        super().__init__(self.keep, lambda kept: kept.tensor.detach())
+        self.times: Counter[int] = Counter()  # by address, how often a storage is kept
+        self.now = self.most = 0
+
+    def keep(self, tensor: Tensor) -> "Kept":
+        kept = Kept(tensor.detach())
+        for address, size in storages([tensor]).items():
+            if not self.times[address]:
+                self.now += size
+                self.most = max(self.most, self.now)
+            self.times[address] += 1
+            weakref.finalize(kept, self.drop, address, size)
+        return kept
+
+    def drop(self, address: int, size: int) -> None:
+        self.times[address] -= 1
+        if not self.times[address]:
+            self.now -= size
+
+
+@dataclass(eq=False)
+class Kept:
+    """What stands in a graph for a tensor, until its backward pass is over."""
+
+    tensor: Tensor
+
+
+def activations(engine: Engine, micro_batches: int, length: int) -> int:
+    """Bytes of a row a micro-batch: what is kept of two rows each, less what is kept of one. So weights and their
+    16-bit copies, which autograd keeps as well, are none."""
+    most = []
+    for rows in (1, 2):
+        for _ in range(2):  # in the first stages say what they will send
+            with (saved := Saved()):
+                engine.forward_backward([short(rows, length)] * micro_batches, NextToken())
+            engine.step(1e-4)
+        most.append(saved.most)
+    return most[1] - most[0]
+
+
+# Formulas ------------------------------------------------------------------------------------------------------------
+
+
+def share(model: GPT, config: Config, rank: int) -> tuple[int, int]:
+    """Parameters that the ranks of a pipeline's place have, each of its tensor ranks, and those that are learnt.
+
+    Blocks of its stages; the embedding at the first, norm and head at the last, where a tied head is an embedding too.
+    Tensor ranks divide matrices, but for those of adapters and scores.
+    """
+    count = config.pp * stages_per_rank(config) if config.pp > 1 else 1
+    stages = stages_of(rank, config.pp, config.pp_schedule, stages_per_rank(config)) if config.pp > 1 else [0]
+    parts = cut(model.config, config.max_seq_len or model.config.max_seq_len, count)
+    blocks, first, last = {block for stage in stages for block in parts[stage]}, 0 in stages, count - 1 in stages
+    tied = model.lm_head is None and model.score is None
+    n = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        block = re.search(r"\.layers\.(\d+)\.", name)
+        here = first or (last and tied) if "embed_tokens" in name else last
+        if int(block[1]) in blocks if block else here:
+            divided = parameter.ndim == 2 and name.endswith(".weight") and not name.startswith("score")
+            n[parameter.requires_grad] += parameter.numel() // (config.tp if divided else 1)
+    return n[True] + n[False], n[True]
+
+
+def network(shape: GPTConfig) -> split_paper.Network:
+    return split_paper.Network(
+        shape.dim, shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.vocab_size, shape.tie_embeddings
+    )
+
+
+def mixture(engine: Engine, config: Config) -> split_paper.Mixture:
+    name = ("hsdp" if config.hsdp else engine.name) + " kept" * getattr(engine, "keeps", False)
+    per_rank = stages_per_rank(config) if config.pp > 1 else 1
+    data = engine.world.data_size
+    return split_paper.Mixture(
+        config.tp, config.pp, data, name, config.pp_schedule, per_rank, config.grad_checkpointing
+    )
+
+
+def kept_by_formula(engine: Engine, config: Config, rank: int, micro_batches: int, length: int) -> float | None:
+    """Of blocks and last norm, a row a micro-batch; None of what there is no formula for."""
+    shape, net, mix = engine.model.config, network(engine.model.config), mixture(engine, config)
+    if config.adapter or shape.qk_norm or net.ffn != shape.ffn_dim or engine.dtype == torch.float32:
+        return None
+    job = split_paper.Job(1, length, micro_batches)
+    kept = split_paper.memory(net, mix._replace(engine="ddp"), job, rank).activations  # whichever it is
+    # what a block computes again is there for its own backward pass alone, and not seen by the hooks
+    return kept - job.tokens * split_paper.kept_by_block(net, mix.tp) if mix.checkpointing else kept
 
 
 def formula(engine: Engine, shards: int, stage: int, n: int, learnt: int | None = None) -> dict[str, float]:
@@ -145,24 +275,39 @@ def adapted(start: Start[PretrainConfig], config: PretrainConfig) -> Start[Pretr
     return replace(start, model=model, weights=lambda: begun(plain(), adapter, config.seed))
 
 
+def look(engine: Engine, start: Start[PretrainConfig], rank: int, micro_batches: int) -> Looked:
+    """What a rank of the pipeline holds, and what it should."""
+    config, world = start.config, engine.world
+    length = min(LENGTH, start.max_seq_len)
+    measured = measure(engine, micro_batches)
+    measured["activations"] = activations(engine, micro_batches, length)
+    shards = min(world.local_size // world.tp, world.data_size) if config.hsdp else world.data_size
+    expected = formula(engine, shards, stage_of(engine), *share(start.model, config, rank))
+    kept = kept_by_formula(engine, config, rank, micro_batches, length)
+    return Looked(measured, expected if kept is None else {**expected, "activations": kept})
+
+
 def main(config: PretrainConfig) -> None:
     machine = start_machine(config)
+    world = machine.world
     start = adapted(starting_model(replace(config, init_from="none", adapter=None)), config)
     n, learnt = start.model.num_parameters(), start.model.num_parameters(learnt=True)
     engine = build_engine(start.model, start.config, machine, start.weights)
-    measured = measure(engine)
-    shards = machine.world.local_size if config.hsdp else machine.world.size
-    expected = formula(engine, shards, stage_of(engine), n, learnt)
-    if machine.world.rank == 0:
+    micro_batches = max(config.accumulation_steps, config.pp)
+    everywhere = engine.gather(look(engine, start, world.stage_rank, micro_batches))
+    if world.rank == 0:
         name = engine.name if engine.name != "deepspeed" else f"deepspeed ZeRO-{stage_of(engine)}"
         dtype = str(machine.dtype).split(".")[1]
-        print(f"{name}, {machine.world.size} ranks, {n:,} parameters, {learnt:,} learnt, {dtype}, bytes on rank 0:")
-        for part, size in measured.items():
-            beside = f"  formula {expected[part]:>15,.0f}" if part in expected else ""
-            print(f"  {part:<11} {size:>15,}{beside}")
-        state = sum(measured[part] for part in expected)
-        print(f"  {'state':<11} {state:>15,}  formula {sum(expected.values()):>15,.0f}")
-        print(json.dumps({"engine": name, "ranks": machine.world.size, "measured": measured, "formula": expected}))
+        print(
+            f"{name}, {world.size} ranks (--tp {world.tp}, --pp {world.pp}), {n:,} parameters, {learnt:,} learnt, "
+            f"{dtype}, {micro_batches} micro-batches:"
+        )
+        stages = everywhere[:: world.size // world.pp]  # the first rank of each
+        for place, found in enumerate(stages):
+            print(f"bytes on rank {place * world.size // world.pp}:")
+            found.show()
+        said = {"engine": name, "ranks": world.size, "micro_batches": micro_batches, **stages[0]._asdict()}
+        print(json.dumps({**said, "stages": [found._asdict() for found in stages]}))
         print(f"  peak memory of the process {peak_memory_mb(engine.device):,.0f} MB")
 
 

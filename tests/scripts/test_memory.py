@@ -14,6 +14,9 @@ N = 4_458_752  # parameters of that shape
 LEARNT = (
     4 * 16 * (2 * (256 + 256) + 2 * (256 + 64) + 3 * (256 + 704))
 )  # of them by LoRA: A and B of seven layers a block
+TABLE, NORM = 6400 * 256, 256
+BLOCK = (N - TABLE - NORM) // 4
+HALF = ["--pp", 2, "--accumulation_steps", 4, "--dtype", "bfloat16"]
 ENGINES = {
     "fsdp": (["--engine", "fsdp"], {"parameters": 4 * N / 2, "gradients": 4 * N / 2, "optimizer": 8 * N / 2}),
     # in float32 DeepSpeed keeps masters beside the parameters
@@ -23,6 +26,11 @@ ENGINES = {
         ["--engine", "fsdp", "--adapter", "lora"],
         {"parameters": 4 * (N + LEARNT) / 2, "gradients": 4 * LEARNT / 2, "optimizer": 8 * LEARNT / 2},
     ),
+    # tensor ranks have matrices in parts, norms whole
+    "tp": (["--engine", "fsdp", "--tp", 2], {"parameters": 4 * (N - 9 * NORM) / 2 + 4 * 9 * NORM}),
+    # the head costs as much as two of these blocks, so that the first stage has three of them
+    "pp": (["--engine", "ddp", *HALF], {"parameters": 4 * (3 * BLOCK + TABLE), "optimizer": 8 * (3 * BLOCK + TABLE)}),
+    "pp, gpipe": (["--engine", "ddp", *HALF, "--pp_schedule", "gpipe"], {}),
 }  # fmt: skip
 
 
@@ -43,6 +51,19 @@ def test_two_ranks_hold_half_of_what_is_sharded(results: dict[str, dict[str, Any
         assert result["measured"][part] == pytest.approx(size, rel=1e-3), part
     if engine == "zero3":  # DeepSpeed leaves parameters below 100,000 elements whole
         assert result["measured"]["parameters"] < 0.7 * 4 * N and result["measured"]["gradients"] < 0.7 * 4 * N
+
+
+def test_every_stage_holds_its_own_and_what_its_schedule_leaves(results: dict[str, dict[str, Any]]) -> None:
+    first, last = results["pp"]["stages"]
+    assert first["formula"]["parameters"] == results["pp"]["formula"]["parameters"]
+    assert last["formula"]["parameters"] == 4 * (BLOCK + TABLE + NORM)
+    for stage in (first, last):
+        for part, size in stage["formula"].items():
+            assert stage["measured"][part] == pytest.approx(size, rel=0.12 if part == "activations" else 1e-3), part
+    # of four micro-batches 1f1b's first stage keeps two at a time and its last one; gpipe keeps all
+    more = [stage["measured"]["activations"] for stage in results["pp, gpipe"]["stages"]]
+    assert more[0] == 2 * first["measured"]["activations"]
+    assert more[1] == pytest.approx(4 * last["measured"]["activations"], rel=1e-2)
 
 
 def test_it_runs_as_a_script() -> None:

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from scripts.bubble import UNITS, Action, idle, shares
 from scripts.scaling_paper import Cluster, Shape, bytes_sent, holds, seconds, tables, tokens_for, transfer, used
 from scripts.scaling_paper import Traffic as T
 from tests.helpers import ROOT, train_here, train_many
 
 N, BLOCKS, LAYERS, SMALL = 504_128, 94_464, 2, 94_528  # parameters of the shape below; all tensors but the embedding
 REST, K = N - BLOCKS, 3
+A = 16 * 64  # numbers of a micro-batch's hidden states
 SHAPE = ["--dim", 64, "--n_layers", LAYERS, "--device", "cpu", "--max_seq_len", 16, "--batch_size", 1]
 RUN = [*SHAPE, "--accumulation_steps", K, "--max_steps", 1]
 ZERO = ["--engine", "deepspeed", "--zero_stage"]
@@ -36,6 +38,16 @@ ENGINES: dict[str, tuple[list[Any], dict[str, int]]] = {
         [*ZERO, 3, *HALF],
         {f"all_gather {BF16}": 2 * (K * (N - SMALL) + SMALL), f"reduce_scatter {BF16}": K * 2 * N},
     ),
+    # gathers of two bytes a number: two a block forward, two backward, one behind the last norm; scatters as many, and
+    # one of each at the embedding in four bytes. Of norms the gradients, of the loss three numbers a token
+    "tp": (
+        ["--engine", "fsdp", "--tp", 2, *HALF],
+        {f"{kind} {BF16}": K * (4 * LAYERS + 1) * 2 * A for kind in ("all_gather", "reduce_scatter")}
+        | {f"{kind} {FP32}": K * 4 * A for kind in ("all_gather", "reduce_scatter")}
+        | {f"all_reduce {FP32}": 4 * (2 * LAYERS + 1) * 64 + K * 4 * 3 * 16},
+    ),
+    # an activation to the last stage, and its gradient back; of the table's two copies the gradients, to each other
+    "pp": (["--engine", "ddp", "--pp", 2, *HALF], {f"send {FP32}": K * 4 * A + 4 * 6400 * 64}),
 }  # fmt: skip
 NUMBERS = 200  # bytes of losses and norms, which no formula has
 
@@ -60,9 +72,19 @@ def test_two_ranks_send_what_the_formula_says(results: dict[str, dict[str, Any]]
     for key, size in expected.items():
         assert size <= result["bytes"][key] <= size + NUMBERS, key
     # of two ranks each sends half of what is gathered or scattered, and all of what is reduced on both
-    factor = {"all_reduce": 1.0, "all_gather": 0.5, "reduce_scatter": 0.5}
+    factor = {"all_reduce": 1.0, "all_gather": 0.5, "reduce_scatter": 0.5, "send": 1.0}
     sent = sum(factor[key.split()[0]] * size for key, size in expected.items())
     assert result["sent_by_formula"] == round(sent) and sent <= result["sent"] <= sent + NUMBERS
+
+
+@pytest.mark.slow
+def test_stages_send_the_same_and_wait_as_long_as_their_schedule_says(results: dict[str, dict[str, Any]]) -> None:
+    first, last = results["pp"]["stages"]
+    assert first["bytes"][f"send {FP32}"] == last["bytes"][f"send {FP32}"] == K * 4 * A + 4 * 6400 * 64
+    bubble = results["pp"]["bubble"]
+    assert bubble["formula"] == pytest.approx(1 / (K + 1)) and bubble["order"] == pytest.approx(bubble["formula"])
+    assert 0 < bubble["costs"] < 1 and 0 < bubble["waited"] < 1
+    assert results["tp"]["bubble"] == {}
 
 
 @pytest.mark.slow
@@ -77,6 +99,48 @@ def test_one_process_sends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     train_here("scaling", *SHAPE, "--max_steps", 1)
     result = json.loads(capsys.readouterr().out)
     assert (result["ranks"], result["sent"], result["bytes"]) == (1, 0, {}) and result["seconds"]["least"] > 0
+
+
+# Bubbles -------------------------------------------------------------------------------------------------------------
+
+
+def played(actions: str, stage: int = 0) -> list[Action]:
+    """Of a rank with one stage: "F0 B0", two actions."""
+    return [Action(kind, stage, int(micro_batch)) for kind, micro_batch in actions.split()]
+
+
+def unit(action: Action) -> float:
+    return UNITS[action.kind]
+
+
+ORDERS: dict[str, tuple[list[list[Action]], float]] = {
+    "1f1b": ([played("F0 F1 B0 B1"), played("F0 B0 F1 B1", 1)], 3 / 9),
+    "gpipe": ([played("F0 F1 B0 B1"), played("F0 F1 B0 B1", 1)], 3 / 9),
+    # weights' gradients where else would be waited: the first rank's first micro-batch, and the last one's way back
+    "zero bubble": ([played("F0 F1 I0 W0 I1 W1"), played("F0 I0 F1 I1 W0 W1", 1)], 1 / 7),
+    "one rank": ([played("F0 B0")], 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_ranks_wait_for_what_they_need_alone(name: str) -> None:
+    orders, share = ORDERS[name]
+    assert idle(orders, unit) == pytest.approx(share)
+
+
+def test_a_stage_that_takes_longer_is_waited_for() -> None:
+    orders = ORDERS["1f1b"][0]
+    # F 1 and B 2 in the first, twice that in the last: 0-1 F0, 1-2 F1; 1-3 F0, 3-7 B0, 7-9 F1, 9-13 B1; 13-15 B1
+    assert idle(orders, lambda action: (1 + action.stage) * unit(action)) == pytest.approx(1 - (6 + 12) / 2 / 15)
+    timed = [[Action("F", 0, 0, 5.0, 6.0, 0.5), Action("B", 0, 0, 9.0, 10.0, 1.0)], [Action("B", 1, 0, 6.0, 9.0, 2.5)]]
+    timed[1].insert(0, Action("F", 1, 0, 6.0, 6.0, 0.0))
+    assert shares([timed]).waited == pytest.approx(1 - (1 + 1 + 3) / 2 / 5)
+    assert shares([timed]).costs == pytest.approx(1 - 4 / 2 / 4)
+
+
+def test_an_order_that_cannot_be_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no rank can go on"):
+        idle([played("F0 B0"), played("B0 F0", 1)], unit)
 
 
 # On paper ------------------------------------------------------------------------------------------------------------
