@@ -409,11 +409,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def lost_contact(error: BaseException) -> str | None:
-    """The first line of what says that another rank is gone or silent (gloo's, NCCL's and the store's words for it);
-    None where nothing does."""
+    """The first line of what says that another rank is gone or silent (in words of gloo, NCCL, the store,
+    Horovod); None where nothing does."""
     words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "recv", "peer")
     for each in causes(error):
         named = isinstance(each, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
+        named = named or type(each).__name__ == "HorovodInternalError"  # of a package that few have
         if dist.is_initialized() and (named or ("gloo" in str(each) and any(word in str(each) for word in words))):
             return (str(each) or type(each).__name__).splitlines()[0]
     return None
