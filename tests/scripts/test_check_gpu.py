@@ -251,7 +251,7 @@ def test_split_engines_are_asked_in_real_processes(
 
 def test_what_a_model_cannot_be_split_into_is_left_out_with_the_reason(ground: Ground) -> None:
     zbv = ENGINES[2]["pp2 zbv"]
-    assert "2 layers" in check_gpu_engines.refusal(zbv, ground)  # of the shape above
+    assert "n_layers is 2" in check_gpu_engines.refusal(zbv, ground)  # of the shape above
     assert check_gpu_engines.refusal(zbv, Ground(CPU, [*ground.flags, *DEEP])) == ""
     assert "at least 2 micro-batches" in check_gpu_engines.refusal(
         ENGINES[4]["pp2 ddp2"], Ground(CPU, [*ground.flags, "--accumulation_steps", "1"])

@@ -62,7 +62,8 @@ def our_functions() -> list[str]:
 
 def ours(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
-    return file.startswith(str(ROOT)) and "/tests/" not in file
+    installed = "/site-packages/" in file  # in an environment that stands in the same folder
+    return file.startswith(str(ROOT)) and "/tests/" not in file and not installed
 
 
 class Watch:
