@@ -47,8 +47,9 @@ from scripts import split_paper
 from training import NextToken, PretrainConfig, build_engine
 from training.adapting import new_adapter
 from training.config import Config
+from training.division import stages_of
 from training.engines import Engine
-from training.engines.pipeline import cut, stages_of
+from training.engines.pipeline import cut, has_tied_head
 from training.metrics import peak_memory_mb
 from training.setup import Start, run_stage, start_machine, starting_model
 from training.split import stages_per_rank
@@ -206,15 +207,14 @@ def share(model: GPT, config: Config, rank: int) -> tuple[int, int]:
     Blocks of its stages; the embedding at the first, norm and head at the last, where a tied head is an embedding too.
     Tensor ranks divide matrices, but for those of adapters and scores.
     """
-    count = config.pp * stages_per_rank(config) if config.pp > 1 else 1
-    stages = stages_of(rank, config.pp, config.pp_schedule, stages_per_rank(config)) if config.pp > 1 else [0]
+    count = config.pp * stages_per_rank(config)
+    stages = stages_of(rank, config.pp, config.pp_schedule, stages_per_rank(config))
     parts = cut(model.config, config.max_seq_len or model.config.max_seq_len, count)
     blocks, first, last = {block for stage in stages for block in parts[stage]}, 0 in stages, count - 1 in stages
-    tied = model.lm_head is None and model.score is None
     n = {True: 0, False: 0}
     for name, parameter in model.named_parameters():
         block = re.search(r"\.layers\.(\d+)\.", name)
-        here = first or (last and tied) if "embed_tokens" in name else last
+        here = first or (last and has_tied_head(model)) if "embed_tokens" in name else last
         if int(block[1]) in blocks if block else here:
             divided = parameter.ndim == 2 and name.endswith(".weight") and not name.startswith("score")
             n[parameter.requires_grad] += parameter.numel() // (config.tp if divided else 1)
@@ -229,8 +229,7 @@ def network(shape: GPTConfig) -> split_paper.Network:
 
 def mixture(engine: Engine, config: Config) -> split_paper.Mixture:
     name = ("hsdp" if config.hsdp else engine.name) + " kept" * getattr(engine, "keeps", False)
-    per_rank = stages_per_rank(config) if config.pp > 1 else 1
-    data = engine.world.data_size
+    data, per_rank = engine.world.data_size, stages_per_rank(config)
     return split_paper.Mixture(
         config.tp, config.pp, data, name, config.pp_schedule, per_rank, config.grad_checkpointing
     )
@@ -281,8 +280,7 @@ def look(engine: Engine, start: Start[PretrainConfig], rank: int, micro_batches:
     length = min(LENGTH, start.max_seq_len)
     measured = measure(engine, micro_batches)
     measured["activations"] = activations(engine, micro_batches, length)
-    shards = min(world.local_size // world.tp, world.data_size) if config.hsdp else world.data_size
-    expected = formula(engine, shards, stage_of(engine), *share(start.model, config, rank))
+    expected = formula(engine, world.parts(config.hsdp), stage_of(engine), *share(start.model, config, rank))
     kept = kept_by_formula(engine, config, rank, micro_batches, length)
     return Looked(measured, expected if kept is None else {**expected, "activations": kept})
 

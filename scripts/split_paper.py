@@ -19,9 +19,9 @@ from functools import cache
 from typing import NamedTuple
 
 from scripts.scaling_paper import Cluster, Shape, Traffic, along, circle, formula, holds, sent
+from training import division
+from training.division import SINGLE, ZERO_BUBBLE
 
-SINGLE = ("gpipe", "1f1b")  # one stage a rank
-ZERO_BUBBLE = ("zb", "zbv")
 SCHEDULES = (*SINGLE, "interleaved", *ZERO_BUBBLE)
 WIDTH = 2  # w
 LOSS_BYTES, LOSS_TOKENS = 1 << 28, 128  # model/gpt.py's, of a GPU: logits that are held at a time
@@ -77,10 +77,7 @@ class Mixture(NamedTuple):
         return self.pp * self.per_rank
 
     def stages_of(self, rank: int) -> list[int]:
-        """Every pp-th; in a V, one on the way there and one on the way back."""
-        if self.schedule == "zbv":
-            return [rank, 2 * self.pp - 1 - rank]
-        return [rank + self.pp * i for i in range(self.per_rank)]
+        return division.stages_of(rank, self.pp, self.schedule, self.per_rank)
 
     def parts(self, node: int) -> int:
         """Ranks that a stage's state is divided among, tensor ranks aside. node: GPUs of one."""
@@ -101,20 +98,11 @@ class Job(NamedTuple):
 
 @cache
 def cut(net: Network, sequence: int, stages: int) -> list[int]:
-    """Blocks of every stage, so that the one that costs most costs least; the head's product is the last one's.
+    """Blocks of every stage.
 
     Two stages of 8 blocks with a head as dear as 2 blocks: [5, 3].
     """
-    block, head = net.operations(sequence)
-    if stages == 1:
-        return [net.layers]
-    costs = {
-        last: max(math.ceil((net.layers - last) / (stages - 1)) * block, last * block + head)
-        for last in range(1, net.layers - stages + 2)
-    }
-    last = min(costs, key=lambda count: (costs[count], -count))
-    least, more = divmod(net.layers - last, stages - 1)
-    return [least + (stage >= stages - 1 - more) for stage in range(stages - 1)] + [last]
+    return [len(blocks) for blocks in division.cut(net.layers, *net.operations(sequence), stages)]
 
 
 class Held(NamedTuple):

@@ -11,9 +11,7 @@ World.from_environment.
 from dataset.loader import fitting, micro_batches
 from model import GPTConfig
 from training.config import Config
-
-SINGLE = ("gpipe", "1f1b")  # schedules of one stage a rank
-ZERO_BUBBLE = ("zb", "zbv")  # that take the gradients of weights apart from those of activations
+from training.division import SINGLE, ZERO_BUBBLE
 
 
 def stages_per_rank(config: Config) -> int:
@@ -91,7 +89,7 @@ def check_shape(config: Config, shape: GPTConfig, parts: int = 1) -> None:
             f"--tp {config.tp} leaves the width of matrices to the {parts} data ranks, which do not divide dim "
             f"{shape.dim}; start another number of processes, or give --pp or --engine fsdp in place of --tp"
         )
-    stages = config.pp * stages_per_rank(config) if config.pp > 1 else 1
+    stages = config.pp * stages_per_rank(config)
     if stages > shape.n_layers:
         raise ValueError(
             f"--pp {config.pp} with --pp_stages_per_rank {stages // config.pp} makes {stages} stages of at least one "

@@ -37,11 +37,13 @@ from torch.distributed.tensor import DTensor
 from model import GPT, GPTConfig
 from model.folder import assemble
 from model.gpt import nll_by_place
+from training import division
+from training.division import SINGLE, ZERO_BUBBLE, stages_of
 from training.engines.contract import B, Totals, Weights
 from training.engines.fsdp import FSDPEngine
-from training.engines.pytorch import PyTorchEngine, layout_of
+from training.engines.pytorch import PyTorchEngine, layout_of, whole
 from training.objectives import Objective, Output, Sums
-from training.split import SINGLE, ZERO_BUBBLE, check_micro_batches, stages_per_rank
+from training.split import check_micro_batches, stages_per_rank
 from training.transfer import Deferred
 
 SCHEDULES: dict[str, Callable[..., Any]] = {
@@ -58,29 +60,15 @@ BUCKET = 25 * 2**20  # bytes of gradients that are summed together
 
 
 def cut(shape: GPTConfig, sequence: int, stages: int) -> list[range]:
-    """The blocks of every stage: neighbours, and such that the stage that costs most costs least. The head's product
-    counts as part of the last; an embedding is looked up, which costs nothing."""
+    """The blocks of every stage, by operations."""
     head = 6.0 * shape.dim * (1 if shape.scores else shape.vocab_size)
     block = (shape.flops_per_token(sequence) - head) / shape.n_layers
-    before = max(1, stages - 1)
-    # blocks of the last stage: as many as leave the longest of the others no shorter than itself, head included
-    costs = {
-        last: max(-(-(shape.n_layers - last) // before) * block, last * block + head)
-        for last in range(1, shape.n_layers - stages + 2)
-    }
-    last = min(costs, key=lambda count: (costs[count], -count)) if stages > 1 else shape.n_layers
-    least, more = divmod(shape.n_layers - last, before)
-    # early stages hold most micro-batches at a time, so it is the later ones that have a block more
-    counts = [least + (stage >= before - more) for stage in range(stages - 1)] + [last]
-    ends = [sum(counts[: stage + 1]) for stage in range(stages)]
-    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    return division.cut(shape.n_layers, block, head, stages)
 
 
-def stages_of(rank: int, pp: int, schedule: str, per_rank: int) -> list[int]:
-    """The stages that a rank holds: every pp-th; in a V, one on the way there and one on the way back."""
-    if schedule == "zbv":
-        return [rank, 2 * pp - 1 - rank]
-    return [rank + pp * i for i in range(per_rank)]
+def has_tied_head(model: GPT) -> bool:
+    """Whether its head is its embedding."""
+    return model.lm_head is None and model.score is None
 
 
 @dataclass
@@ -133,8 +121,7 @@ def keep_only(model: GPT, blocks: list[int], first: bool, last: bool) -> None:
     """Take out of a model what other ranks hold. What stays keeps its name; a tied head stays an embedding."""
     decoder = model.model
     decoder.layers = nn.ModuleDict({str(block): decoder.layers[block] for block in blocks})  # type: ignore[assignment]
-    tied = model.lm_head is None and model.score is None
-    if not (first or (last and tied)):
+    if not (first or (last and has_tied_head(model))):
         decoder.embed_tokens = None  # type: ignore[assignment]
     if not last:
         decoder.norm = model.lm_head = model.score = None  # type: ignore[assignment]
@@ -153,7 +140,7 @@ class Pipelined(PyTorchEngine):
     def place(self, model: GPT, weights: Weights) -> GPT:
         config, rank = self.config, self.world.stage_rank
         with torch.device("meta"):
-            self.whole = GPT(model.config, model.adapter)
+            self.undivided = GPT(model.config, model.adapter)
         parts = cut(model.config, config.max_seq_len or model.config.max_seq_len, self.n_stages)
         mine = stages_of(rank, config.pp, config.pp_schedule, stages_per_rank(config))
         model = model.to("meta")
@@ -163,13 +150,9 @@ class Pipelined(PyTorchEngine):
         self.work = Work()
         self.schedules: dict[tuple[int, torch.Size], Any] = {}
         # a tied embedding is looked up at one end and multiplied with at the other, which have a copy each
-        self.other_end = (0 if last else self.last_rank) if self.tied and first != last else None
+        self.other_end = (0 if last else self.last_rank) if has_tied_head(self.undivided) and first != last else None
         held = {name for name, _ in model.named_parameters()}
         return super().place(model, lambda: ((name, full) for name, full in weights() if name in held))
-
-    @property
-    def tied(self) -> bool:
-        return self.whole.lm_head is None and self.whole.score is None
 
     def set_up_blocks(self) -> None:
         # of a compiled block the whole backward pass is one piece: gradients of weights, wanted apart, would be lost
@@ -192,16 +175,14 @@ class Pipelined(PyTorchEngine):
     @property
     def last_rank(self) -> int:
         """The rank of the last stage, among stages."""
-        return 0 if self.config.pp_schedule == "zbv" else self.config.pp - 1
+        return self.rank_of(self.n_stages - 1)
 
     def forward_backward(
         self, micro_batches: list[B], objective: Objective[B], weight: float | None = None
     ) -> Deferred[Totals]:
         check_micro_batches(self.config, len(micro_batches))
         self.model.train()
-        if weight is None:
-            weight = self.sum_over_data([sum(objective.weight(batch) for batch in micro_batches)])[0]
-        scale = (self.world.data_size if self.averages else 1) / max(weight, 1.0)
+        weight, scale = self.weighed(micro_batches, objective, weight)
         batches = [batch.to(self.device) for batch in micro_batches]
         self.scaler.scale(torch.zeros((), device=self.device))  # which makes a scale on ranks that have no loss, too
         self.work = work = Work(batches, objective.criterion, objective, scale)
@@ -303,12 +284,11 @@ class Pipelined(PyTorchEngine):
         return [Output(*tensors) for tensors in self.told(said)]
 
     def holds(self, stage: int) -> bool:
-        return any(own.number == stage for own in self.stages)
+        return self.rank_of(stage) == self.world.stage_rank
 
     def rank_of(self, stage: int) -> int:
         """The rank among stages that holds one."""
-        pp = self.config.pp
-        return min(stage, 2 * pp - 1 - stage) if self.config.pp_schedule == "zbv" else stage % pp
+        return division.rank_of(stage, self.config.pp, self.config.pp_schedule)
 
     def told(self, said: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
         """What the last stage's rank has, on all ranks of the pipeline."""
@@ -332,7 +312,7 @@ class Pipelined(PyTorchEngine):
             if isinstance(module, FSDPModule):
                 module.reshard()
         own = dict(self.model.named_parameters())
-        for name, parameter in self.whole.named_parameters():
+        for name, parameter in self.undivided.named_parameters():
             if learnt and not parameter.requires_grad:
                 continue
             if self.owners[name] == self.world.stage_rank:
@@ -403,7 +383,3 @@ def exchange(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

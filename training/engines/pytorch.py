@@ -97,9 +97,7 @@ class Accumulating:
         self, micro_batches: list[B], objective: Objective[B], weight: float | None = None
     ) -> Deferred[Totals]:
         self.model.train()
-        if weight is None:
-            weight = self.sum_over_data([sum(objective.weight(batch) for batch in micro_batches)])[0]
-        scale = (self.world.data_size if self.averages else 1) / max(weight, 1.0)
+        weight, scale = self.weighed(micro_batches, objective, weight)
         totals = torch.zeros(len(objective.names), device=self.device, dtype=torch.float32)
         losses = []
         for i, batch in enumerate(micro_batches):
@@ -111,6 +109,12 @@ class Accumulating:
             totals += torch.stack([sums[name].float() for name in objective.names])
             losses.append(sums["loss"].float())
         return self.deferred(objective.names, totals, weight, losses)
+
+    def weighed(self, micro_batches: list[B], objective: Objective[B], weight: float | None) -> tuple[float, float]:
+        """The weight of an update, summed over data ranks where it is not known, and what a loss is multiplied by."""
+        if weight is None:
+            weight = self.sum_over_data([sum(objective.weight(batch) for batch in micro_batches)])[0]
+        return weight, (self.world.data_size if self.averages else 1) / max(weight, 1.0)
 
     def deferred(self, names: tuple[str, ...], totals: Tensor, weight: float, losses: list[Tensor]) -> Deferred[Totals]:
         """Sums over data ranks, made on the device in float64, with this rank's losses behind them."""
@@ -247,8 +251,7 @@ class PyTorchEngine(Accumulating):
     def gradient_norm(self) -> Tensor:
         """Of the whole gradient, wherever its parts are; float32 ()."""
         grads = [parameter.grad for parameter in self.counted() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return whole(nn.utils.get_total_norm(grads))
 
     def counted(self) -> Iterable[nn.Parameter]:
         """The parameters that stand for the whole model's, each once."""
@@ -264,13 +267,9 @@ class PyTorchEngine(Accumulating):
     def state(self) -> dict[str, Any]:
         """Full-precision weights, optimizer state and scaler, by parameter name; each rank its part."""
         model, optimizer = get_state_dict(self.model, self.optimizers, options=LEARNT)
-        # settings are what flags say now; and a rank that has some parameters knows the groups of these alone
-        optimizer = {"state": optimizer["state"]}
         return {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        _, now = get_state_dict(self.model, self.optimizers, options=LEARNT)
-        state["optimizer"] |= {"param_groups": now["param_groups"]}
         with own_settings(self.optimizers):
             set_state_dict(
                 self.model, self.optimizers,
@@ -281,10 +280,13 @@ class PyTorchEngine(Accumulating):
 
     def save(self, folder: Path, background: bool) -> Future[Any] | None:
         alone = not dist.is_initialized()
+        state = self.state()
+        # settings are what flags say then; and a rank that has some parameters knows the groups of these alone
+        del state["optimizer"]["param_groups"]
         if not background:
-            dcp.save(self.state(), checkpoint_id=folder, no_dist=alone)
+            dcp.save(state, checkpoint_id=folder, no_dist=alone)
             return None
-        written = dcp.async_save(self.state(), checkpoint_id=folder, process_group=self.side_group, no_dist=alone)
+        written = dcp.async_save(state, checkpoint_id=folder, process_group=self.side_group, no_dist=alone)
         assert isinstance(written, Future)
         return written
 
@@ -302,10 +304,12 @@ class PyTorchEngine(Accumulating):
                 self.take_over(named)
             return
         state = self.state()
+        groups = state["optimizer"].pop("param_groups")
         # one written in a type that scales no loss has no scale, and the scaler looks for it anew
         if "scaler.scale" not in torch_files.keys(folder):
             state["scaler"] = {}
         torch_files.load(state, folder, alone=not dist.is_initialized())
+        state["optimizer"]["param_groups"] = groups
         self.set_state(state)
 
     @torch.no_grad()
@@ -340,6 +344,11 @@ def ask(network: Callable[..., Asked], batch: Batch, criterion: Callable[..., As
 
 def layout_of(batch: Batch) -> Layout:
     return Layout(batch.cu_seqlens, batch.longest, batch.places, batch.tokens)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which ranks hold parts, put together on all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(slot: Tensor, full: Tensor) -> Tensor:
