@@ -32,7 +32,6 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.tensor import DTensor
 
 from model import GPT, GPTConfig
 from model.folder import assemble
@@ -41,7 +40,7 @@ from training import division
 from training.division import SINGLE, ZERO_BUBBLE, stages_of
 from training.engines.contract import B, Totals, Weights
 from training.engines.fsdp import FSDPEngine
-from training.engines.pytorch import PyTorchEngine, layout_of, whole
+from training.engines.pytorch import PyTorchEngine, layout_of, local, whole
 from training.objectives import Objective, Output, Sums
 from training.split import check_micro_batches, stages_per_rank
 from training.transfer import Deferred
@@ -379,7 +378,3 @@ def exchange(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
     for work in dist.batch_isend_irecv(operations):
         work.wait()
     tensor += theirs
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
