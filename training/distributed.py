@@ -82,6 +82,12 @@ class World:
         return self.rank % self.tp
 
     @property
+    def random_rank(self) -> int:
+        """Whose random numbers it draws: data ranks and stages their own, and tensor ranks the same, since they drop
+        out of what all of them hold."""
+        return self.rank // self.tp
+
+    @property
     def tells(self) -> bool:
         """Whether it is the one of those with the same data that speaks for them."""
         return self.stage_rank == 0 and self.tensor_rank == 0
