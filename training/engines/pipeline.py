@@ -15,6 +15,7 @@ make gradients of weights apart from the backward pass, past its hooks, and it w
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -36,7 +37,7 @@ from torch.distributed.pipelining import (
 from model import GPT, GPTConfig
 from model.folder import assemble
 from model.gpt import nll_by_place
-from training import division
+from training import distributed, division
 from training.division import SINGLE, ZERO_BUBBLE, stages_of
 from training.engines.contract import B, Totals, Weights
 from training.engines.fsdp import FSDPEngine
@@ -53,6 +54,9 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "zbv": ScheduleZBVZeroBubble,
 }
 BUCKET = 25 * 2**20  # bytes of gradients that are summed together
+
+# where a rank is lost, a schedule prints itself, fifty lines of it, before it raises what says so
+logging.getLogger(ScheduleGPipe.__module__).setLevel(logging.CRITICAL)
 
 
 # What is where --------------------------------------------------------------------------------------------------------
@@ -138,6 +142,7 @@ class Pipelined(PyTorchEngine):
 
     def place(self, model: GPT, weights: Weights) -> GPT:
         config, rank = self.config, self.world.stage_rank
+        assert self.stage_group  # all ranks make it together, before they read what one may read faster than another
         with torch.device("meta"):
             self.undivided = GPT(model.config, model.adapter)
         parts = cut(model.config, config.max_seq_len or model.config.max_seq_len, self.n_stages)
@@ -169,7 +174,9 @@ class Pipelined(PyTorchEngine):
 
     @cached_property
     def stage_group(self) -> dist.ProcessGroup:
-        return self.mesh.get_group("pp")
+        """The ranks of this rank's pipeline, by stage."""
+        pipelines = torch.arange(self.world.size).view(self.config.pp, -1).T.tolist()
+        return distributed.sending_group(pipelines, self.config.comm_timeout)
 
     @property
     def last_rank(self) -> int:
