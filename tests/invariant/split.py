@@ -1,7 +1,8 @@
-"""What one process and a split model both learn, kept a parameter at a time; under a launcher, the split half of it.
+"""What one process and a split model both learn, kept a parameter at a time; as a script, the split half of it.
 
-torchrun --nproc_per_node 2 tests/invariant/split.py FOLDER '[["tp2", "plain"], ["pp2 zb", "reward"]]'
+python tests/invariant/split.py FOLDER '[["tp2", "plain"], ["pp2 zb", "reward"], ["pp4", "plain"]]'
 
+Ranks are copies of a process that has imported everything, which under a launcher each would do for itself.
 Three updates of four micro-batches, whose supervised tokens differ, as those of data ranks do. The learning rate is
 small for a reason: Adam's first updates are nearly the sign of a gradient, whatever its size, so where one is all
 rounding the two models part by the whole rate. At 1e-3 that alone moves later gradients by 4e-5 of their norms, which
@@ -9,6 +10,7 @@ would hide what is looked for here; at 1e-4 it moves them by a few 1e-6.
 """
 
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple, cast
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
+import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -29,6 +32,7 @@ from model import GPT, GPTConfig
 from model.adapters import Adapter, Bottleneck, LoRA, Prefix, begun
 from model.gpt import fresh_weights
 from tests.conftest import encoded
+from tests.helpers import free_port
 from training import DPO, NextToken, PretrainConfig, build_engine
 from training.distributed import World, start, stop
 from training.engines import Machine
@@ -92,6 +96,11 @@ OPTIONS = {  # which change what is learnt, or how exactly
 }
 
 
+def problem_of(name: str, n_layers: int) -> Problem:
+    problem = (PROBLEMS | OPTIONS)[name]
+    return replace(problem, shape=problem.shape | {"n_layers": n_layers})
+
+
 @dataclass(frozen=True)
 class Split:
     """How many ranks, and their flags."""
@@ -111,6 +120,11 @@ class Split:
     @property
     def world(self) -> World:
         return replace(World.from_environment(self.tp, self.pp), local_size=self.ranks // self.nodes)
+
+    @property
+    def n_layers(self) -> int:
+        """As many as there is something to see in: it is stages that want several."""
+        return SHAPE.n_layers if self.pp > 1 else 2
 
     def takes(self, problem: Problem) -> bool:
         """The others are refused (training/split.py)."""
@@ -275,15 +289,29 @@ def file_of(folder: Path, split: str, problem: str, rank: int) -> Path:
 
 
 def main(folder: str, meetings: str) -> None:
+    by_ranks: dict[int, list[tuple[str, str]]] = {}
+    for split, problem in json.loads(meetings):
+        by_ranks.setdefault(SPLITS[split].ranks, []).append((split, problem))
+    for ranks, theirs in by_ranks.items():
+        torch.multiprocessing.start_processes(
+            as_rank, (ranks, free_port(), Path(folder), theirs), ranks, start_method="fork"
+        )
+
+
+def as_rank(rank: int, ranks: int, port: int, folder: Path, meetings: list[tuple[str, str]]) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update(
+        {name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     PyTorchEngine.compiler = "aot_eager"  # graphs as ever, without the minutes in which they become machine code
     start(World.from_environment(), CPU)
-    for split, name in json.loads(meetings):
-        world, problem = SPLITS[split].world, (PROBLEMS | OPTIONS)[name]
-        flags = SPLITS[split].flags | {"accumulation_steps": MICRO_BATCHES // world.data_size}
-        torch.save(
-            tuple(learn(engine_of(problem, world, **flags), problem)), file_of(Path(folder), split, name, world.rank)
-        )
+    for split, name in meetings:
+        asked = SPLITS[split]
+        problem = problem_of(name, asked.n_layers)
+        flags = asked.flags | {"accumulation_steps": MICRO_BATCHES // asked.world.data_size}
+        learnt = learn(engine_of(problem, asked.world, **flags), problem)
+        torch.save(tuple(learnt), file_of(folder, split, name, rank))
     stop()
 
 

@@ -5,6 +5,8 @@ Losses cannot tell: Adam divides a gradient by its own size, so a wrong scale, o
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,31 +16,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import ROOT, launched
-from tests.invariant.split import OPTIONS, PROBLEMS, SPLITS, UPDATES, Learnt, file_of, learn_alone
+from tests.helpers import ROOT, all_cores, environment
+from tests.invariant.split import OPTIONS, PROBLEMS, SPLITS, UPDATES, Learnt, file_of, learn_alone, problem_of
 from training import PretrainConfig
 from training.split import ZERO_BUBBLE, check_flags
 
 TWICE = "one micro-batch twice"
 PLAIN = (TWICE, "compiled", "dropout")  # which are plain but for that
 Meeting = tuple[str, str]  # split, problem
-EVERY_RUN: dict[int, list[Meeting]] = {
-    2: [
-        ("tp2", "untied, qk-norm, checkpointing"), ("tp2", "lora"), ("tp2", "reward"), ("tp2", "lora, dropout"),
-        ("tp2", "float16"), ("tp2", "compiled"), ("pp2 gpipe", "reward"), ("pp2 1f1b", "dpo"), ("pp2 1f1b", "float16"),
-        ("pp2 interleaved", "bottleneck"), ("pp2 zb", "prefix"), ("pp2 zbv", "plain"), ("pp2 zbv", "bfloat16"),
-        ("pp2 1f1b, fsdp", "lora"),
-    ],
-    4: [
-        ("tp2 x fsdp2", "plain"), ("pp2 x tp2", "clipped"), ("pp2 zb x ddp2", "kto, untied"),
-        ("pp2 interleaved x fsdp2", "plain"), ("pp2 1f1b x ddp2", TWICE),
-    ],
-}  # fmt: skip
+EVERY_RUN: list[Meeting] = [
+    ("tp2", "untied, qk-norm, checkpointing"), ("tp2", "lora"), ("tp2", "reward"), ("tp2", "dropout"),
+    ("tp2", "float16"), ("tp2", "compiled"),
+    ("pp2 gpipe", "reward"), ("pp2 1f1b", "dpo"), ("pp2 1f1b", "float16"), ("pp2 interleaved", "bottleneck"),
+    ("pp2 zb", "prefix"), ("pp2 zbv", "plain"), ("pp2 zbv", "bfloat16"), ("pp2 1f1b, fsdp", "lora"),
+    ("tp2 x fsdp2", "plain"), ("pp2 x tp2", "clipped"), ("pp2 zb x ddp2", "kto, untied"),
+    ("pp2 interleaved x fsdp2", "plain"), ("pp2 1f1b x ddp2", TWICE),
+]  # fmt: skip
 OF_EIGHT = ("plain", "untied, qk-norm, checkpointing", "reward", "lora", "bottleneck")  # ranks: they take their time
-
-
-def told_apart(meetings: Sequence[Meeting]) -> list[Meeting]:
-    return [(split, problem) for split, problem in meetings if problem != TWICE]
 
 
 def drills() -> Iterator[Meeting]:
@@ -63,8 +57,9 @@ class Differences(NamedTuple):
 
 
 @cache
-def alone(problem: str) -> Learnt:
-    return learn_alone((PROBLEMS | OPTIONS)["plain" if problem in PLAIN else problem])
+def alone(problem: str, n_layers: int) -> Learnt:
+    like = "plain" if problem in PLAIN else problem.removesuffix(", dropout")
+    return learn_alone(problem_of(like, n_layers))
 
 
 def learnt_by(folder: Path, split: str, problem: str) -> list[Learnt]:
@@ -84,7 +79,7 @@ def share(found: Tensor | float, expected: Tensor | float) -> float:
 
 
 def differences(folder: Path, split: str, problem: str) -> Differences:
-    expected, found = alone(problem), learnt_by(folder, split, problem)
+    expected, found = alone(problem, SPLITS[split].n_layers), learnt_by(folder, split, problem)
     for update in range(UPDATES):
         held = set().union(*(rank.gradients[update] for rank in found))
         assert held == set(expected.gradients[update])
@@ -118,7 +113,7 @@ def learns_as_one_process(folder: Path, split: str, problem: str) -> None:
 
 def drops_out(folder: Path, split: str, problem: str) -> None:
     """Ranks draw other numbers than one process, and agree on what they have in common."""
-    expected = alone("plain" if problem in PLAIN else "lora")
+    expected = alone(problem, SPLITS[split].n_layers)
     for rank in learnt_by(folder, split, problem):
         assert rank.losses != expected.losses and rank.losses == pytest.approx(expected.losses, rel=0.05)
         assert all(math.isfinite(norm) for norm in rank.norms)
@@ -126,7 +121,7 @@ def drops_out(folder: Path, split: str, problem: str) -> None:
 
 def rounds(folder: Path, split: str, problem: str) -> None:
     """A gradient that overflows on one rank makes all skip the update, and scale their losses down."""
-    expected = alone(problem)
+    expected = alone(problem, SPLITS[split].n_layers)
     sixteen = problem == "float16"
     assert [math.isfinite(norm) for norm in expected.norms] == [True, not sixteen, True]
     assert expected.scales == ([2.0**16, 2.0**16, 2.0**15] if sixteen else [1.0] * UPDATES)
@@ -140,20 +135,22 @@ def rounds(folder: Path, split: str, problem: str) -> None:
 # Tests ----------------------------------------------------------------------------------------------------------------
 
 
-def learn_spread(folder: Path, meetings: Sequence[Meeting], ranks: int) -> Path:
-    launched(ROOT / "tests/invariant/split.py", folder, json.dumps(meetings), ranks=ranks)
+def learn_spread(folder: Path, meetings: Sequence[Meeting]) -> Path:
+    command = [sys.executable, ROOT / "tests/invariant/split.py", folder, json.dumps(meetings)]
+    with all_cores():
+        done = subprocess.run(
+            [*map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+        )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
 
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("split")
-    for ranks, meetings in EVERY_RUN.items():
-        learn_spread(folder, meetings, ranks)
-    return folder
+    return learn_spread(tmp_path_factory.mktemp("split"), EVERY_RUN)
 
 
-@pytest.mark.parametrize(("split", "problem"), told_apart([each for run in EVERY_RUN.values() for each in run]))
+@pytest.mark.parametrize(("split", "problem"), [each for each in EVERY_RUN if each[1] != TWICE])
 def test_a_split_model_learns_what_one_process_learns(spread: Path, split: str, problem: str) -> None:
     learns_as_one_process(spread, split, problem)
 
@@ -176,7 +173,7 @@ def drilled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Every problem of one split."""
     split = request.param
     folder = tmp_path_factory.mktemp("drill")
-    return learn_spread(folder, [each for each in drills() if each[0] == split], SPLITS[split].ranks), split
+    return learn_spread(folder, [each for each in drills() if each[0] == split]), split
 
 
 @pytest.mark.slow
