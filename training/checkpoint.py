@@ -1,7 +1,7 @@
 """State of a run to a folder and back; a kill, a full disk or a flipped bit costs at most the newest one.
 
     checkpoints/step_000200/state/      weights and optimizer, float32, every rank's part in files of its own
-                            rng_0.pt    random state of rank 0
+                            rng_0.pt    random state of rank 0, and of those that draw what it draws
                             run.json    step, position in the data, the settings that must not change
                             COMPLETE    written last: the hash of every file above
 
@@ -23,6 +23,7 @@ import torch
 import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
 
+from training.distributed import World
 from training.engines.contract import Engine
 
 COMPLETE = "COMPLETE"
@@ -66,7 +67,8 @@ class Saving:
         def write() -> None:
             if started[0] is not None:
                 started[0].result()
-            torch.save(rng, self.part / f"rng_{engine.world.rank}.pt")
+            if engine.world.tensor_rank == 0:
+                torch.save(rng, random_file(self.part, engine.world))
             if first:
                 (self.part / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
             if also is not None:
@@ -277,10 +279,14 @@ def share_folder(engine: Engine, folder: Path) -> None:
 def load(engine: Engine, folder: Path) -> dict[str, Any]:
     """Put weights, optimizer and random state back; returns run.json."""
     engine.load(folder / "state")
-    mine = folder / f"rng_{engine.world.rank}.pt"
+    mine = random_file(folder, engine.world)
     if mine.is_file():  # a rank that was not there before keeps its fresh seed
         set_rng_state(torch.load(mine, weights_only=True))
     return read_run(folder)
+
+
+def random_file(folder: Path, world: World) -> Path:
+    return folder / f"rng_{world.random_rank}.pt"
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ ranks tell each other outside the gradients (sums, any value, a barrier) is here
 import importlib.util
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -80,6 +81,12 @@ class World:
     @property
     def tensor_rank(self) -> int:
         return self.rank % self.tp
+
+    @property
+    def random_rank(self) -> int:
+        """Whose random numbers it draws: data ranks and stages their own, and tensor ranks the same, since they drop
+        out of what all of them hold."""
+        return self.rank // self.tp
 
     @property
     def tells(self) -> bool:
@@ -376,6 +383,18 @@ def host_group(seconds: float) -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
 
+def sending_group(groups: list[list[int]], seconds: float) -> dist.ProcessGroup:
+    """This rank's one of several groups of ranks, for ranks that send each other something. Every rank makes all.
+
+    gloo bounds the wait for what one rank sends to another by the limit that their group was made with, and
+    `set_timeout` changes that of collectives alone: in a mesh's group it would be PyTorch's half an hour, or where that
+    is all ranks, the first contact's.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=seconds))
+    dist.distributed_c10d._set_pg_timeout(PREPARATION, group)
+    return group
+
+
 def sum_on_host(values: list[float], group: dist.ProcessGroup | None) -> list[float]:
     """Sums over a `host_group`. It says nothing of the devices, so the silence that they are watched for goes on."""
     if group is None:
@@ -409,14 +428,15 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def lost_contact(error: BaseException) -> str | None:
-    """The first line of what says that another rank is gone or silent (in words of gloo, NCCL, the store,
-    Horovod); None where nothing does."""
+    """What says that another rank is gone or silent, in words of gloo, NCCL, the store, Horovod: the first line,
+    without the place in their code and their advice. None where nothing does."""
     words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "recv", "peer")
     for each in causes(error):
         named = isinstance(each, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
         named = named or type(each).__name__ == "HorovodInternalError"  # of a package that few have
         if dist.is_initialized() and (named or ("gloo" in str(each) and any(word in str(each) for word in words))):
-            return (str(each) or type(each).__name__).splitlines()[0]
+            first_line = (str(each) or type(each).__name__).splitlines()[0]
+            return re.sub(r"^\[\S+\] |\. This is typically caused by .*", "", first_line)
     return None
 
 

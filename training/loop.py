@@ -95,9 +95,7 @@ def train(
     # one that was started again by itself may find the process before it still dying on another node
     patience = config.comm_timeout if distributed.restarted() else 0
     with held(engine, config.run_dir, patience, say):
-        # dropout differs between data ranks and stages, and is one between tensor ranks, which drop out of what all of
-        # them have; nothing random before this counts
-        torch.manual_seed(config.seed + engine.world.rank // engine.world.tp)
+        torch.manual_seed(config.seed + engine.world.random_rank)  # nothing random before this counts
         settings = noted(config, engine, source.rows_per_update)
         progress = resume(engine, config, identity, settings, say)
         total_steps = planned_steps(source, progress, config.max_steps)

@@ -1,24 +1,26 @@
 """What a run survives, and how it ends where it cannot: lost workers and nodes, wrong addresses, disks not shared."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.drills import (
+    SCRIPT,
+    TORCHRUN,
+    assert_undisturbed,
+    by_hand,
+    elastic,
+    flags_of,
+    reached,
+    wait_until,
+    worker_of,
+)
 from tests.e2e.nodes import Nodes, needs_namespaces
-from tests.helpers import ROOT, TINY, environment, free_port, losses, make_data, train_here
-
-SCRIPT = str(ROOT / "train_pretrain.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-# quicker than the defaults, with which a node counts as lost after 15 s and a smaller group waits 30 s for a larger one
-QUICK = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2"
-STEPS = 20
+from tests.helpers import ROOT, environment, free_port, make_data, train_here
 
 
 @pytest.fixture(scope="module")
@@ -28,44 +30,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(folder)
     train_here("pretrain", *flags_of(folder, folder / "whole"))
     return folder
-
-
-def flags_of(base: Path, out: Path) -> list[str]:
-    """With a global batch an update has the same rows on any number of processes, so that the losses must be equal."""
-    files = ["--data_path", base / "pretrain.jsonl", "--cache_dir", base / "cache", "--out_dir", out]
-    batch = ["--global_batch_size", 8, "--batch_size", 2, "--max_steps", STEPS]
-    rest = ["--save_interval", 5, "--log_interval", 1, "--eval_interval", 0, "--comm_timeout", 20, *TINY]
-    return [str(flag) for flag in [*files, "--dim", 32, *batch, *rest]]
-
-
-def wait_until(done: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-
-
-def reached(out: Path, step: int) -> Callable[[], bool]:
-    """Whether a run has logged this step."""
-    path = out / "pretrain_32" / "metrics.jsonl"
-    return lambda: path.is_file() and any(json.loads(line)["step"] >= step for line in whole_lines(path))
-
-
-def whole_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines() if line.endswith("}")]
-
-
-def worker_of(launcher: subprocess.Popen, rank: int) -> int:
-    """The process id of a rank that a launcher started."""
-    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
-    raise AssertionError(f"no rank {rank} among the children of {launcher.pid}")
-
-
-def assert_undisturbed(base: Path, out: Path) -> None:
-    found, expected = losses(out, "pretrain"), losses(base / "whole", "pretrain")
-    assert found == pytest.approx(expected, rel=1e-5) and len(found) == STEPS
 
 
 def test_a_killed_worker_is_started_again_and_the_losses_are_those_of_an_undisturbed_run(
@@ -88,15 +52,6 @@ def test_a_killed_worker_is_started_again_and_the_losses_are_those_of_an_undistu
         process.wait()
     assert "resumed from" in log.read_text()
     assert_undisturbed(base, tmp_path)
-
-
-def elastic(nodes: Nodes, node: int, host: int, command: list[str]) -> list[str]:
-    """The launch line of a node of a group that may have one node or all of them."""
-    meeting = ["--rdzv_backend", "c10d", "--rdzv_id", "test", "--rdzv_endpoint", f"{nodes.address(host)}:29400"]
-    # a namespace has no hostname of its own by which torchrun could tell who is the host
-    settings = f"{QUICK},is_host={int(node == host)}"
-    group = ["--nnodes", f"1:{nodes.count}", "--nproc_per_node", "1", "--max_restarts", "2"]
-    return [*TORCHRUN, *group, *meeting, "--rdzv_conf", settings, "--local_addr", nodes.address(node), *command]
 
 
 @needs_namespaces
@@ -138,12 +93,6 @@ def test_a_node_that_joins_later_changes_no_loss_though_it_becomes_the_first(bas
     assert "the same command continues from here" in log.read_text()
     assert "resumed from" in (tmp_path / "log0").read_text()
     assert_undisturbed(base, tmp_path)
-
-
-def by_hand(rank: int, address: str, port: int) -> dict[str, str]:
-    """The environment of one of two ranks, each on a node of its own."""
-    ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return environment(**ranks, MASTER_ADDR=address, MASTER_PORT=str(port))
 
 
 def test_an_address_where_nobody_is_ends_in_one_clear_line(base: Path, tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def same_as_alone(base: Path, name: str, stage: str, single: str = "single") -> 
     alone, spread = losses(base / single, stage), losses(base / name, stage)
     assert len(alone) == STEPS and alone[STEPS] < alone[1]
     assert spread == pytest.approx(alone, rel=1e-5)
+    norms = [[r["grad_norm"] for r in metrics(base / folder, stage)] for folder in (single, name)]
+    assert norms[1] == pytest.approx(norms[0], rel=3e-6)
     val = [[r["val_loss"] for r in metrics(base / folder, stage) if "val_loss" in r] for folder in (single, name)]
     assert len(val[0]) == STEPS // 4 and val[1] == pytest.approx(val[0], rel=1e-5)
     file = "adapter_model.safetensors" if adapter_of(stage)[1] else "model.safetensors"

@@ -68,6 +68,30 @@ def test_weights_optimizer_and_random_state_come_back_exactly(make_engine, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(engine.model.parameters(), other.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("before", [World(), World(size=2, tp=2)])
+def test_tensor_ranks_go_on_with_the_same_random_numbers(make_model, tmp_path, before):
+    """They drop out of what both hold, whoever wrote; data ranks and stages keep numbers of their own."""
+
+    def engine(world: World) -> SingleEngine:
+        return SingleEngine(
+            make_model(n_layers=1), PretrainConfig(), Machine(world, torch.device("cpu"), torch.float32)
+        )
+
+    save(engine(before), tmp_path, 1)
+    following = torch.rand(3)
+    for world, alike in ((World(1, 4, tp=2), True), (World(2, 4, tp=2), False), (World(1, 2), False)):
+        torch.manual_seed(7)
+        checkpoint.load(engine(world), tmp_path / "step_000001")
+        assert torch.equal(torch.rand(3), following) == alike, world
+
+
+def test_the_random_state_of_tensor_ranks_is_one_file(make_model, tmp_path):
+    world = World(rank=1, size=2, tp=2)
+    engine = SingleEngine(make_model(n_layers=1), PretrainConfig(), Machine(world, torch.device("cpu"), torch.float32))
+    assert write(engine, tmp_path / "step_000001", RUN, keep_last=9) is None
+    assert not list(tmp_path.rglob("rng_*"))  # which the first of them writes
+
+
 def test_what_a_checkpoint_holds(make_engine, tmp_path):
     engine = make_engine()
     train(engine)

@@ -15,6 +15,7 @@ make gradients of weights apart from the backward pass, past its hooks, and it w
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -32,16 +33,15 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.tensor import DTensor
 
 from model import GPT, GPTConfig
 from model.folder import assemble
 from model.gpt import nll_by_place
-from training import division
+from training import distributed, division
 from training.division import SINGLE, ZERO_BUBBLE, stages_of
 from training.engines.contract import B, Totals, Weights
 from training.engines.fsdp import FSDPEngine
-from training.engines.pytorch import PyTorchEngine, layout_of, whole
+from training.engines.pytorch import PyTorchEngine, layout_of, local, whole
 from training.objectives import Objective, Output, Sums
 from training.split import check_micro_batches, stages_per_rank
 from training.transfer import Deferred
@@ -54,6 +54,9 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "zbv": ScheduleZBVZeroBubble,
 }
 BUCKET = 25 * 2**20  # bytes of gradients that are summed together
+
+# where a rank is lost, a schedule prints itself, fifty lines of it, before it raises what says so
+logging.getLogger(ScheduleGPipe.__module__).setLevel(logging.CRITICAL)
 
 
 # What is where --------------------------------------------------------------------------------------------------------
@@ -182,6 +185,7 @@ class Pipelined(PyTorchEngine):
 
     def place(self, model: GPT, weights: Weights) -> GPT:
         config, rank = self.config, self.world.stage_rank
+        assert self.stage_group  # all ranks make it together, before they read what one may read faster than another
         with torch.device("meta"):
             self.undivided = GPT(model.config, model.adapter)
         parts = cut(model.config, config.max_seq_len or model.config.max_seq_len, self.n_stages)
@@ -213,7 +217,9 @@ class Pipelined(PyTorchEngine):
 
     @cached_property
     def stage_group(self) -> dist.ProcessGroup:
-        return self.mesh.get_group("pp")
+        """The ranks of this rank's pipeline, by stage."""
+        pipelines = torch.arange(self.world.size).view(self.config.pp, -1).T.tolist()
+        return distributed.sending_group(pipelines, self.config.comm_timeout)
 
     @property
     def last_rank(self) -> int:
@@ -422,7 +428,3 @@ def exchange(tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
     for work in dist.batch_isend_irecv(operations):
         work.wait()
     tensor += theirs
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
