@@ -386,18 +386,22 @@ Criterion = Callable[[Places], tuple[Tensor, ...]]
 def nll_by_place(places: Places, batch: object = None) -> tuple[Tensor]:
     """-log p(target) at every place, nats, 0 where there is none: float32 (rows, sequence). `batch` is what other
     criteria look at."""
-    nll = ChunkedNLL.apply(places.hidden, places.weight, places.cross_entropy())
-    everywhere = torch.zeros(places.shape.numel(), device=nll.device)
-    return (everywhere.index_copy(0, places.learnt, nll).view(places.shape),)
+    return (in_rows(ChunkedNLL.apply(places.hidden, places.weight, places.cross_entropy()), places),)
 
 
 def score_by_place(places: Places, batch: object = None) -> tuple[Tensor, Tensor, Tensor]:
     """What a head of one row says at the places that learn: float32 (rows, sequence), 0 elsewhere, behind a sum of
     -log p and of another loss, of which there are none."""
     scores = F.linear(places.hidden.float(), places.weight.float())[:, 0]
-    everywhere = scores.new_zeros(places.shape.numel())
     none = scores.new_zeros(())
-    return none, none, everywhere.index_copy(0, places.learnt, scores).view(places.shape)
+    return none, none, in_rows(scores, places)
+
+
+def in_rows(values: Tensor, places: Places) -> Tensor:
+    """One value a place that learns, (supervised,), put where it stands: (rows, sequence), 0 elsewhere. It is no view,
+    which FSDP would warn of in what a network returns."""
+    row, column = places.learnt // places.shape[1], places.learnt % places.shape[1]
+    return values.new_zeros(places.shape).index_put((row, column), values)
 
 
 def summed_nll(places: Places, batch: object = None) -> tuple[Tensor]:

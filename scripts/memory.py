@@ -11,7 +11,8 @@ pipeline of the first rank of every stage, each storage counted once: what the p
 keeps, and what is there before the update and gone after it (gradients). Beside them the formula of the ZeRO paper
 (Rajbhandari et al. 2020, arXiv:1910.02054, section 3) for this engine's number of copies, of what a rank of --tp and
 --pp has of the model. Activations are what forward passes leave for backward passes at most, of a row a micro-batch;
-beside them scripts/split_paper.py's formula, which is a GPU's in 16 bits: a CPU keeps a little else.
+beside them scripts/split_paper.py's formula, which is a GPU's in 16 bits: a CPU keeps a little else. Messages are
+what stages tell each other, as long as a rank holds it.
 
 The flags are those of pretraining. Shape, engine, precision, offload, --accumulation_steps and the adapter count; data,
 rows and reporting do not.
@@ -24,10 +25,11 @@ import re
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeGuard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -38,6 +40,8 @@ if __name__ == "__main__" and "--plan" in sys.argv:  # on paper, before torch is
 
 import torch
 from torch import Tensor
+from torch.distributed import P2POp
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
 from dataset.batch import Batch
@@ -185,17 +189,49 @@ class Kept:
     tensor: Tensor
 
 
-def activations(engine: Engine, micro_batches: int, length: int) -> int:
-    """Bytes of a row a micro-batch: what is kept of two rows each, less what is kept of one. So weights and their
-    16-bit copies, which autograd keeps as well, are none."""
+class Messages:
+    """While this is entered: bytes of what stages tell each other, at most at a time; of what is sent from when it was
+    made, of a gradient that comes in from when there is room for it, until it is let go of."""
+
+    methods = ("get_fwd_send_ops", "get_bwd_send_ops", "get_bwd_recv_ops")
+
+    def __init__(self) -> None:
+        self.most, self.known = 0, list[weakref.ref[Tensor]]()
+
+    def __enter__(self) -> Self:
+        self.before = {name: getattr(PipelineStage, name) for name in self.methods}
+        for name, method in self.before.items():
+            setattr(PipelineStage, name, self.watched(method, of_output=name == "get_fwd_send_ops"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, method in self.before.items():
+            setattr(PipelineStage, name, method)
+
+    def watched(self, method: Callable[..., list[P2POp]], of_output: bool) -> Callable[..., list[P2POp]]:
+        @wraps(method)
+        def watching(stage: PipelineStage, micro_batch: int) -> list[P2POp]:
+            ops = method(stage, micro_batch)
+            outputs = stage.fwd_cache[micro_batch][0] if of_output else ()
+            self.known += [weakref.ref(tensor) for tensor in (*outputs, *(op.tensor for op in ops))]
+            self.most = max(self.most, sum(storages(known() for known in self.known).values()))
+            return ops
+
+        return watching
+
+
+def activations(engine: Engine, micro_batches: int, length: int) -> tuple[int, int]:
+    """Bytes of a row a micro-batch, and of what stages then tell each other. The former is what is kept of two rows
+    each, less what is kept of one, so that weights and their 16-bit copies, which autograd keeps as well, are none."""
     most = []
     for rows in (1, 2):
         for _ in range(2):  # in the first stages say what they will send
-            with (saved := Saved()):
+            with (saved := Saved()), (told := Messages()):
                 engine.forward_backward([short(rows, length)] * micro_batches, NextToken())
             engine.step(1e-4)
-        most.append(saved.most)
-    return most[1] - most[0]
+        most.append((saved.most, told.most))
+    (one, messages), (two, _) = most
+    return two - one, messages
 
 
 # Formulas ------------------------------------------------------------------------------------------------------------
@@ -279,8 +315,10 @@ def look(engine: Engine, start: Start[PretrainConfig], rank: int, micro_batches:
     config, world = start.config, engine.world
     length = min(LENGTH, start.max_seq_len)
     measured = measure(engine, micro_batches)
-    measured["activations"] = activations(engine, micro_batches, length)
+    measured["activations"], measured["messages"] = activations(engine, micro_batches, length)
     expected = formula(engine, world.parts(config.hsdp), stage_of(engine), *share(start.model, config, rank))
+    net, mix = network(engine.model.config), mixture(engine, config)
+    expected["messages"] = split_paper.messages(net, mix, split_paper.Job(1, length, micro_batches), rank)
     kept = kept_by_formula(engine, config, rank, micro_batches, length)
     return Looked(measured, expected if kept is None else {**expected, "activations": kept})
 

@@ -5,7 +5,7 @@
     job = Job(rows=1, sequence=4096, micro_batches=256)
     traffic(net, mix, job, rank=0)    [Traffic("all_gather", 2, numbers, "forward", group="tp", ...), ...]
     bubble(mix, 256)                  0.0039, of a rank's time
-    memory(net, mix, job, rank=0)     Memory(state=..., activations=..., head=...), bytes
+    memory(net, mix, job, rank=0)     Memory(state=..., activations=..., head=..., messages=...), bytes
     seconds(net, mix, job, cluster)   of an update
 
 What data ranks send, and the cluster, are scripts/scaling_paper.py's. `rank` is one among the pipeline's; all tensor
@@ -247,13 +247,16 @@ def bubble(mix: Mixture, k: int) -> float:
         1f1b           (p - 1) (F + B + W)        Narayanan et al. 2021, arXiv:2104.04473, section 2.2
         interleaved    (p - 1) (F + B + W) / V    the same
         zb             (p - 1) (F + B - W) / V    Qi et al. 2023, arXiv:2401.10241: ZB-H1, where V = 1
-        zbv            (p - 1) (F + B - W) / 2    for k >= 2 p
+        zbv            (p - 1) (F + B - W) / 2    and (2 p - 1 - k) F where that is more: with few micro-batches it
+                                                  keeps the order of 2 p - 1, and waits where one is missing
 
     zbv's is 0 in its paper (Qi et al. 2024, arXiv:2405.15362), where the first ranks begin an update before the last
     ones end theirs. Here all meet at the gradient's norm, so each rank's wait for its first micro-batch stays.
     """
-    work, idle = 3, 1 if mix.schedule in ZERO_BUBBLE else 3
-    return (mix.pp - 1) * idle / ((mix.pp - 1) * idle + k * work * mix.per_rank)
+    work, idle = 3, (mix.pp - 1) * (1 if mix.schedule in ZERO_BUBBLE else 3)
+    if mix.schedule == "zbv":
+        idle = max(idle, 2 * (2 * mix.pp - 1 - k))
+    return idle / (idle + k * work * mix.per_rank)
 
 
 def in_flight(mix: Mixture, k: int, rank: int) -> int:
@@ -286,6 +289,7 @@ class Memory(NamedTuple):
     state: float  # parameters, gradients, AdamW's moments, 16-bit and gathered copies
     activations: float  # that blocks keep for the backward pass
     head: float  # last norm, logits of a chunk, the head's gradient
+    messages: float  # to other stages
 
     @property
     def total(self) -> float:
@@ -331,6 +335,25 @@ def kept_by_head(net: Network, mix: Mixture, job: Job) -> float:
     return saved * (job.micro_batches if mix.pp > 1 and mix.schedule == "gpipe" else 1) + made + 8 * chunk
 
 
+def messages(net: Network, mix: Mixture, job: Job, rank: int) -> float:
+    """Bytes that a rank of the pipeline holds of what it sends to others, 4 a / tp each, and of what comes in.
+
+        1f1b       an output until its gradient is there, the last one sent, two gradients on their way in and two out
+        others     all that an update sends, k times `exits`: PyTorch waits for them at its end, and they are kept until
+                   they were waited for; and two gradients on their way in
+
+    Hidden states that come in are what a stage's first norm keeps, and counted there.
+    """
+    one = 4 * job.tokens * net.dim / mix.tp
+    first, last = rank == 0, rank == mix.pp - 1
+    if mix.pp == 1:
+        return 0.0
+    if mix.schedule == "1f1b":
+        return one * (2 * (not first) + (not last) * (3 + in_flight(mix, job.micro_batches, rank)))
+    comes_in = not last or mix.per_rank > 1
+    return one * (job.micro_batches * exits(mix, rank) + 2 * comes_in)
+
+
 def memory(net: Network, mix: Mixture, job: Job, rank: int, node: int = 8) -> Memory:
     """Of a rank of the pipeline, at most. With checkpointing a block keeps the residual stream it was given, 4 d / tp
     bytes a token, and one block at a time all of `kept_by_block`. Left out: what a backward pass makes on the way,
@@ -340,7 +363,8 @@ def memory(net: Network, mix: Mixture, job: Job, rank: int, node: int = 8) -> Me
     block = job.tokens * kept_by_block(net, mix.tp)
     kept = blocks * job.tokens * 4 * net.dim / mix.tp + block if mix.checkpointing else blocks * block
     state = state_of(mix, held.shape(net, mix.tp), job, node, blocks)
-    return Memory(state, kept, kept_by_head(net, mix, job) if held.last else 0.0)
+    head = kept_by_head(net, mix, job) if held.last else 0.0
+    return Memory(state, kept, head, messages(net, mix, job, rank))
 
 
 def state_of(mix: Mixture, shape: Shape, job: Job, node: int, in_flight: float) -> float:

@@ -83,10 +83,15 @@ def check_shape(config: Config, shape: GPTConfig, parts: int = 1) -> None:
     for name, value in divided.items():
         if value % config.tp:
             may_be = ", ".join(str(n) for n in range(1, value + 1) if all(v % n == 0 for v in divided.values()))
-            other = f"; or give --max_seq_len {row - row % config.tp}" if name == "max_seq_len" else ""
+            other = f"; or give --max_seq_len {max(row - row % config.tp, config.tp)}" if name == "max_seq_len" else ""
             raise ValueError(
                 f"--tp {config.tp} does not divide {name} {value}; of this model it may be {may_be}{other}"
             )
+    if -(-shape.vocab_size // config.tp) * (config.tp - 1) >= shape.vocab_size:  # as many for each, what is left last
+        raise ValueError(
+            f"--tp {config.tp} leaves its last rank no row of the vocabulary, and vocab_size is {shape.vocab_size}; "
+            "lower --tp, or give a tokenizer of more pieces"
+        )
     if config.tp > 1 and shape.dim % parts:
         raise ValueError(
             f"--tp {config.tp} leaves the width of matrices to the {parts} data ranks, which do not divide dim "

@@ -135,11 +135,11 @@ def rounds(folder: Path, split: str, problem: str) -> None:
 # Tests ----------------------------------------------------------------------------------------------------------------
 
 
-def learn_spread(folder: Path, meetings: Sequence[Meeting]) -> Path:
+def learn_spread(folder: Path, meetings: Sequence[Meeting], seconds: float = 600) -> Path:
     command = [sys.executable, ROOT / "tests/invariant/split.py", folder, json.dumps(meetings)]
     with all_cores():
         done = subprocess.run(
-            [*map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+            [*map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=seconds
         )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
@@ -173,7 +173,7 @@ def drilled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Every problem of one split."""
     split = request.param
     folder = tmp_path_factory.mktemp("drill")
-    return learn_spread(folder, [each for each in drills() if each[0] == split]), split
+    return learn_spread(folder, [each for each in drills() if each[0] == split], 3000), split
 
 
 @pytest.mark.slow

@@ -166,6 +166,15 @@ def test_bubbles_and_activations_are_those_of_torchs_schedules(schedule: str, pp
     assert [in_flight(mix, k, rank) for rank in range(pp)] == most
 
 
+@pytest.mark.parametrize("pp", [2, 4, 8])
+def test_a_v_of_few_micro_batches_waits_for_those_that_are_missing(pp: int) -> None:
+    mix = Mixture(pp=pp, schedule="zbv", per_rank=2)
+    for k in range(1, 2 * pp + 2):
+        share, most = played("zbv", pp, k, 2)
+        assert bubble(mix, k) == pytest.approx(share)
+        assert all(in_flight(mix, k, rank) >= held for rank, held in enumerate(most))
+
+
 def test_bubbles_by_hand() -> None:
     # three forward passes and three backward ones of 2 while a micro-batch is on its way: 9 of 9 + 24
     assert bubble(Mixture(pp=4), 8) == pytest.approx(9 / (9 + 24))
@@ -223,7 +232,11 @@ def test_memory_by_hand() -> None:
     assert cut(net, 512, 2) == [4, 4]
     held = memory(net, Mixture(pp=2), job, 0)
     shape = Held(4, first=True, last=False).shape(net, 1)
-    assert held == (16 * shape.total + 2 * shape.blocks * 2, 2 * 4 * 1024 * 27_432, 0)
+    # and three outputs and two gradients of 1,024 x 512 float32 numbers
+    assert held == (16 * shape.total + 2 * shape.blocks * 2, 2 * 4 * 1024 * 27_432, 0, 5 * 4 * 1024 * 512)
+    # what is sent stays until the update ends: of 8 micro-batches two outputs and a gradient each
+    held = memory(net, Mixture(pp=2, schedule="interleaved", per_rank=2), job, 0)
+    assert held.messages == (8 * 3 + 2) * 4 * 1024 * 512
     # recomputing: what went into each, and one whole block
     held = memory(net, Mixture(pp=2, checkpointing=True), job, 0)
     assert held.activations == 2 * 4 * 1024 * 4 * 512 + 1024 * 27_432

@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 import eval_model
+from tests.helpers import ROOT
 from training import STAGES, DPOConfig, PretrainConfig, SFTConfig, load_config
 from training.names import ELSEWHERE, LAUNCHER, answer, flags_among
 
@@ -44,6 +45,13 @@ def test_all_unknown_flags_of_a_minimind_line_are_answered_at_once():
         (PretrainConfig, "--eval.interval 5 --precision bf16-true", ["--eval_interval", "--dtype float32"]),
         (DPOConfig, "--per_device_train_batch_size 2 --lr 1", ["--batch_size", "--learning_rate"]),  # the Trainer
         (DPOConfig, "--output_dir o --num_train_epochs 3", ["--out_dir", "--epochs"]),
+        (  # Megatron-LM
+            PretrainConfig,
+            "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2 "
+            "--micro-batch-size 4 --untie-embeddings-and-output-weights --distributed-timeout-minutes 10",
+            ["--tp N", "--pp N", "--pp_stages_per_rank", "--batch_size", "--tie_embeddings no", "--comm_timeout"],
+        ),
+        (PretrainConfig, "--parallelism.tensor_parallel_degree 2", ["--tp N"]),  # torchtitan
     ],
 )
 def test_flags_of_other_toolkits_are_answered_by_meaning(cls, argv, told):
@@ -52,6 +60,20 @@ def test_flags_of_other_toolkits_are_answered_by_meaning(cls, argv, told):
     said = str(error.value).splitlines()
     assert len(said) == len(told)
     assert all(f"; here it is {name}" in line for name, line in zip(told, said, strict=True)), said
+
+
+def megatrons_flags() -> list[str]:
+    """Those that docs/distributed.md lists."""
+    text = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
+    table = text.split("### Megatron-LM")[1].split("### Horovod")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return [flag for row in rows for flag in re.findall(r"--([a-z0-9-]+)", row)]
+
+
+@pytest.mark.parametrize("theirs", megatrons_flags())
+def test_flags_of_megatron_that_the_documentation_lists_are_answered(theirs: str) -> None:
+    ours = theirs.replace("-", "_")
+    assert ours in TRAINING or ours in ELSEWHERE
 
 
 def test_unknown_keys_of_a_file_are_answered_without_dashes(tmp_path):

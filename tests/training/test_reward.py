@@ -16,7 +16,7 @@ from model.adapter_folder import base_folder
 from model.adapters import body
 from model.attention import Layout
 from model.folder import folder_weights
-from model.gpt import Places, score_by_place
+from model.gpt import Places, nll_by_place, score_by_place
 from tests.conftest import encoded
 from tests.helpers import make_data, metrics, stage_flags, train_here, train_start
 from tests.training.test_objectives import CHOSEN, PROMPT, REJECTED, gradient, relative
@@ -114,6 +114,14 @@ def test_scores_count_in_full_precision(make_model):
     places = Places(hidden, weight, torch.zeros(5, dtype=torch.long), torch.arange(5), torch.Size((1, 5)), None)
     expected = hidden.double() @ weight.double().T
     np.testing.assert_allclose(score_by_place(places)[2][0].numpy(), expected[:, 0].numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_a_network_returns_no_views(make_model, scores):
+    """FSDP hangs its hooks on what it returns, and warns of views."""
+    ids = torch.arange(6).reshape(2, 3)
+    said = make_model(scores=scores)(ids, labels=ids, criterion=score_by_place if scores else nll_by_place)
+    assert said[-1].shape == (2, 3) and said[-1].requires_grad and said[-1]._base is None
 
 
 # The stage --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What cannot be split as asked is one sentence that says what to do instead, before anything is read."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -93,6 +94,12 @@ def test_the_stages_that_cannot_be_split_are_those_that_draw_answers_or_have_a_t
         ("--tp 4", {}, 1, "--tp 4 does not divide n_kv_heads 2; of this model it may be 1, 2$"),
         ("--tp 2", {"ffn_dim": 85}, 1, "--tp 2 does not divide ffn_dim 85; of this model it may be 1$"),
         ("--tp 2 --max_seq_len 63", {}, 1, "--tp 2 does not divide max_seq_len 63; .* 1; or give --max_seq_len 62$"),
+        (
+            "--tp 4",
+            {"vocab_size": 9, "n_kv_heads": 4},  # of which four ranks would have 3, 3, 3 and none
+            1,
+            "--tp 4 leaves its last rank no row of the vocabulary, and vocab_size is 9; lower --tp, or give a tok",
+        ),
         ("--tp 2", {}, 5, "the 5 data ranks, which do not divide dim 48; start another number .*, or give --pp or"),
         ("--pp 8", {}, 1, "--pp 8 with --pp_stages_per_rank 1 makes 8 stages .*, and n_layers is 4; lower --pp$"),
         (
@@ -115,6 +122,11 @@ def test_a_model_that_cannot_be_divided_is_refused(flags, shape, parts, told):
 )
 def test_a_model_that_can_be_divided_is_not(flags, parts):
     check_shape(config_of(flags), SHAPE, parts)
+
+
+@pytest.mark.parametrize("pieces", [4, 7, 8, 10, 97])
+def test_a_vocabulary_of_which_each_rank_has_a_row_need_not_divide(pieces):
+    check_shape(config_of("--tp 4"), replace(SHAPE, vocab_size=pieces, n_kv_heads=4))
 
 
 @pytest.mark.parametrize(
