@@ -83,7 +83,10 @@ def check_shape(config: Config, shape: GPTConfig, parts: int = 1) -> None:
     for name, value in divided.items():
         if value % config.tp:
             may_be = ", ".join(str(n) for n in range(1, value + 1) if all(v % n == 0 for v in divided.values()))
-            raise ValueError(f"--tp {config.tp} does not divide {name} {value}; of this model it may be {may_be}")
+            other = f"; or give --max_seq_len {max(row - row % config.tp, config.tp)}" if name == "max_seq_len" else ""
+            raise ValueError(
+                f"--tp {config.tp} does not divide {name} {value}; of this model it may be {may_be}{other}"
+            )
     if -(-shape.vocab_size // config.tp) * (config.tp - 1) >= shape.vocab_size:  # as many for each, what is left last
         raise ValueError(
             f"--tp {config.tp} leaves its last rank no row of the vocabulary, and vocab_size is {shape.vocab_size}; "
@@ -94,11 +97,13 @@ def check_shape(config: Config, shape: GPTConfig, parts: int = 1) -> None:
             f"--tp {config.tp} leaves the width of matrices to the {parts} data ranks, which do not divide dim "
             f"{shape.dim}; start another number of processes, or give --pp or --engine fsdp in place of --tp"
         )
-    stages = config.pp * stages_per_rank(config)
-    if stages > shape.n_layers:
+    per_rank = stages_per_rank(config)
+    if config.pp * per_rank > shape.n_layers:
+        lower = "--pp" if per_rank == 1 or config.pp_schedule == "zbv" else "--pp or --pp_stages_per_rank"
+        fewer = "" if per_rank == 1 else ", or give --pp_schedule 1f1b"
         raise ValueError(
-            f"--pp {config.pp} with --pp_stages_per_rank {stages // config.pp} makes {stages} stages of at least one "
-            f"layer, and n_layers is {shape.n_layers}; lower --pp or --pp_stages_per_rank, or give --pp_schedule 1f1b"
+            f"--pp {config.pp} with --pp_stages_per_rank {per_rank} makes {config.pp * per_rank} stages of at least "
+            f"one layer, and n_layers is {shape.n_layers}; lower {lower}{fewer}"
         )
 
 

@@ -13,11 +13,13 @@ from tests.e2e.drills import (
     TORCHRUN,
     Ranks,
     assert_undisturbed,
+    elastic,
     flags_of,
     reached,
     wait_until,
     worker_of,
 )
+from tests.e2e.nodes import Nodes, needs_namespaces
 from tests.helpers import ROOT, all_cores, environment, free_port, make_data, train_here
 
 FAILING = str(ROOT / "tests/e2e/failing_stage.py")
@@ -133,3 +135,106 @@ def test_a_rank_that_splits_otherwise_is_named_before_any_group_is_made(
         assert [ranks.wait(rank) for rank in (0, 1)] == [2, 2]
         line = f"error: rank 1 has {told}; start every node with the same command and data\n"
         assert [ranks.said(rank) for rank in (0, 1)] == [line, line]
+
+
+@needs_namespaces
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["power", "cable"])
+def test_a_pipeline_over_two_nodes_waits_for_a_lost_one_to_come_back(
+    undisturbed: Path, tmp_path: Path, loss: str
+) -> None:
+    """What is left cannot hold the model; with `--nnodes 2` torchrun meets again once there are two."""
+    log, command = tmp_path / "log0", [SCRIPT, *flags_of(undisturbed, tmp_path), "--pp", "2", "--comm_timeout", "5"]
+    env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    with Nodes(2) as nodes:
+
+        def start(node: int, name: str) -> subprocess.Popen:
+            return nodes.start(node, elastic(nodes, node, 0, command, group="2"), tmp_path / name, env)
+
+        first, _ = start(0, "log0"), start(1, "log1")
+        wait_until(reached(tmp_path, 7), first, log)
+        (nodes.kill if loss == "power" else nodes.cut)(1)
+        wait_until(lambda: "rank 0 lost contact with another rank" in log.read_text(), first, log)
+        nodes.kill(1)
+        nodes.mend(1)
+        start(1, "log1 again")
+        assert first.wait(timeout=180) == 0, log.read_text()
+    assert "resumed from" in log.read_text()
+    assert_undisturbed(undisturbed, tmp_path)
+
+
+@needs_namespaces
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [["--tp", "2"], ["--pp", "2"]], ids=" ".join)
+def test_a_lost_node_leaves_fewer_data_ranks_and_the_same_losses(
+    undisturbed: Path, tmp_path: Path, split: list[str]
+) -> None:
+    """Two nodes of two processes: tensor ranks are on one node, and stages on both."""
+    log, command = tmp_path / "log0", [SCRIPT, *flags_of(undisturbed, tmp_path), *split, "--comm_timeout", "5"]
+    env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    with Nodes(2) as nodes:
+        first, _ = (
+            nodes.start(node, elastic(nodes, node, 0, command, processes=2), tmp_path / f"log{node}", env)
+            for node in (0, 1)
+        )
+        wait_until(reached(tmp_path, 7), first, log)
+        nodes.kill(1)
+        assert first.wait(timeout=180) == 0, log.read_text()
+    said = log.read_text()
+    assert "on 4 ranks" in said and "on 2 ranks" in said and "resumed from" in said
+    assert_undisturbed(undisturbed, tmp_path)
+
+
+@needs_namespaces
+@pytest.mark.slow
+def test_what_is_left_of_a_split_and_cannot_hold_the_model_says_so(base: Path, tmp_path: Path) -> None:
+    """Three of four processes, two by two."""
+    log, command = tmp_path / "log0", [SCRIPT, *flags_of(base, tmp_path), "--tp", "2", "--comm_timeout", "5"]
+    env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    with Nodes(4) as nodes:
+        first, *_ = [
+            nodes.start(node, elastic(nodes, node, 0, command), tmp_path / f"log{node}", env) for node in range(4)
+        ]
+        wait_until(reached(tmp_path, 7), first, log)
+        nodes.kill(3)
+        assert first.wait(timeout=180) != 0
+    told = (
+        "error: --tp 2 x --pp 1 ranks hold one model between them, and the number of processes, 3, is no multiple of 2"
+    )
+    assert told in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "split", "told"),
+    [
+        (4, ["--tp", "4"], "--tp 4 does not divide n_kv_heads 2; of this model it may be 1, 2"),
+        (
+            4,
+            ["--pp", "4"],
+            "--pp 4 with --pp_stages_per_rank 1 makes 4 stages of at least one layer, and n_layers is 2;",
+        ),
+        (4, ["--tp", "3"], "--tp 3 x --pp 1 ranks hold one model between them, and the number of processes, 4, is no"),
+        (
+            2,
+            ["--pp", "2", "--engine", "fsdp", "--pp_schedule", "zb"],
+            "--pp_schedule zb makes gradients of weights apart",
+        ),
+        (
+            2,
+            ["--pp", "2", "--batch_size", "8"],
+            "--pp_schedule 1f1b of 2 ranks takes at least 2 micro-batches an update",
+        ),
+    ],
+    ids=lambda flags: " ".join(flags) if isinstance(flags, list) else "",
+)
+def test_what_cannot_be_split_is_one_line_a_rank_before_data_are_read(
+    base: Path, tmp_path: Path, count: int, split: list[str], told: str
+) -> None:
+    cache = tmp_path / "cache"
+    command = [SCRIPT, *flags_of(base, tmp_path / "out"), "--cache_dir", cache, *split]
+    with Ranks(tmp_path, [command] * count) as ranks:
+        assert [ranks.wait(rank) for rank in range(count)] == [2] * count
+        for rank in range(count):
+            assert re.fullmatch(f"error: {re.escape(told)}.*\n", ranks.said(rank)), ranks.said(rank)
+    assert not cache.exists() and not (tmp_path / "out").exists()

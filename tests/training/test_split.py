@@ -93,7 +93,7 @@ def test_the_stages_that_cannot_be_split_are_those_that_draw_answers_or_have_a_t
         ("--tp 3", {}, 1, "--tp 3 does not divide n_heads 4; of this model it may be 1, 2$"),
         ("--tp 4", {}, 1, "--tp 4 does not divide n_kv_heads 2; of this model it may be 1, 2$"),
         ("--tp 2", {"ffn_dim": 85}, 1, "--tp 2 does not divide ffn_dim 85; of this model it may be 1$"),
-        ("--tp 2 --max_seq_len 63", {}, 1, "--tp 2 does not divide max_seq_len 63; of this model it may be 1$"),
+        ("--tp 2 --max_seq_len 63", {}, 1, "--tp 2 does not divide max_seq_len 63; .* 1; or give --max_seq_len 62$"),
         (
             "--tp 4",
             {"vocab_size": 9, "n_kv_heads": 4},  # of which four ranks would have 3, 3, 3 and none
@@ -101,8 +101,14 @@ def test_the_stages_that_cannot_be_split_are_those_that_draw_answers_or_have_a_t
             "--tp 4 leaves its last rank no row of the vocabulary, and vocab_size is 9; lower --tp, or give a tok",
         ),
         ("--tp 2", {}, 5, "the 5 data ranks, which do not divide dim 48; start another number .*, or give --pp or"),
-        ("--pp 8", {}, 1, "--pp 8 with --pp_stages_per_rank 1 makes 8 stages .*, and n_layers is 4; lower --pp or"),
-        ("--pp 3 --pp_schedule zbv", {}, 1, "--pp 3 with --pp_stages_per_rank 2 makes 6 stages .*n_layers is 4; lower"),
+        ("--pp 8", {}, 1, "--pp 8 with --pp_stages_per_rank 1 makes 8 stages .*, and n_layers is 4; lower --pp$"),
+        (
+            "--pp 3 --pp_schedule zbv",
+            {},
+            1,
+            "--pp 3 with --pp_stages_per_rank 2 makes 6 stages .*n_layers is 4; lower --pp, or give .* 1f1b$",
+        ),
+        ("--pp 3 --pp_schedule zb", {}, 1, "--pp_stages_per_rank 2 makes 6 .*; lower --pp or --pp_stages_per_rank, or"),
     ],
 )
 def test_a_model_that_cannot_be_divided_is_refused(flags, shape, parts, told):

@@ -169,7 +169,7 @@ class LeanStage(PipelineStage):
     def move(self, received: tuple[Any, ...], device: str | torch.device) -> None:
         """Room of this shape there, and none where it was."""
         for each in received:
-            if each.buffer is not None:
+            if getattr(each, "buffer", None) is not None:  # torch 2.12 has none where a stage is given its input
                 each.buffer = torch.empty_like(each.buffer, device=device, requires_grad=False)
 
 
