@@ -39,7 +39,8 @@ resume": another value than the checkpoint's is refused, noted, or (where nothin
 THEIRS = """\
 ## Names from elsewhere
 
-What MiniMind, nanochat, LitGPT, Megatron-LM, torchtitan and the Hugging Face Trainer call things. A flag of theirs ends with the same answer.
+What MiniMind, nanochat, LitGPT, Megatron-LM, torchtitan and the Hugging Face Trainer call things. A flag of
+theirs ends with the same answer.
 
 | theirs | here |
 |---|---|
