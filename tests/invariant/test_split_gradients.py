@@ -135,7 +135,7 @@ def rounds(folder: Path, split: str, problem: str) -> None:
 # Tests ----------------------------------------------------------------------------------------------------------------
 
 
-def learn_spread(folder: Path, meetings: Sequence[Meeting], seconds: float = 600) -> Path:
+def learn_spread(folder: Path, meetings: Sequence[Meeting], seconds: float = 1200) -> Path:
     command = [sys.executable, ROOT / "tests/invariant/split.py", folder, json.dumps(meetings)]
     with all_cores():
         done = subprocess.run(
