@@ -185,25 +185,6 @@ def test_a_lost_node_leaves_fewer_data_ranks_and_the_same_losses(
     assert_undisturbed(undisturbed, tmp_path)
 
 
-@needs_namespaces
-@pytest.mark.slow
-def test_what_is_left_of_a_split_and_cannot_hold_the_model_says_so(base: Path, tmp_path: Path) -> None:
-    """Three of four processes, two by two."""
-    log, command = tmp_path / "log0", [SCRIPT, *flags_of(base, tmp_path), "--tp", "2"]
-    env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    with Nodes(4) as nodes:
-        first, *_ = [
-            nodes.start(node, elastic(nodes, node, 0, command), tmp_path / f"log{node}", env) for node in range(4)
-        ]
-        wait_until(reached(tmp_path, 7), first, log)
-        nodes.kill(3)
-        assert first.wait(timeout=180) != 0
-    told = (
-        "error: --tp 2 x --pp 1 ranks hold one model between them, and the number of processes, 3, is no multiple of 2"
-    )
-    assert told in log.read_text()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "split", "told"),
