@@ -19,6 +19,7 @@ import torch
 from dataset import DEFAULT_TOKENIZER, FORMS, load_tokenizer
 from model import GPT, GPTConfig, save_pretrained
 from training import STAGES, load_config
+from training import metrics as metrics_module
 
 ROOT = Path(__file__).parent.parent
 FORM_OF = {form.stage: form for form in FORMS}
@@ -164,6 +165,16 @@ def launched(
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert all(other.wait(60) == 0 for other in others)
     return done
+
+
+@contextmanager
+def no_pictures() -> Iterator[None]:
+    """Runs in here leave no loss.png, which takes longer than a few updates of a tiny model."""
+    drawn, metrics_module.draw = metrics_module.draw, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        metrics_module.draw = drawn
 
 
 def train_many(folder: Path, runs: list[tuple[str, list[Any]]], ranks: int = 2, **how: Any) -> str:

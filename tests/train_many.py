@@ -12,12 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import eval_model
-from tests.helpers import train_here
+from tests.helpers import no_pictures, train_here
 from training import distributed
 
-for stage, flags in json.loads(Path(sys.argv[-1]).read_text()):
-    if stage == "eval_model":
-        assert eval_model.main(flags) == 0
-    else:
-        train_here(stage, *flags)
+with no_pictures():
+    for stage, flags in json.loads(Path(sys.argv[-1]).read_text()):
+        if stage == "eval_model":
+            assert eval_model.main(flags) == 0
+        else:
+            train_here(stage, *flags)
 distributed.stop()

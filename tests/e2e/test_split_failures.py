@@ -63,13 +63,13 @@ def test_a_stage_that_falls_silent_is_waited_for_no_longer_than_comm_timeout(bas
     """Its process lives on, so that no connection is closed; the other stage waits for what it would send."""
     count, split = SPLITS["pp2 x tp2"]
     with Ranks(
-        tmp_path, [[SCRIPT, *flags_of(base, tmp_path), *split, *ENDLESS, "--comm_timeout", "3"]] * count
+        tmp_path, [[SCRIPT, *flags_of(base, tmp_path), *split, *ENDLESS, "--comm_timeout", "10"]] * count
     ) as ranks:
         wait_until(reached(tmp_path, 2), ranks.processes[0], ranks.logs[0])
         ranks.processes[3].send_signal(signal.SIGSTOP)
         for rank in range(3):
             assert_says_one_was_lost(ranks, rank)
-        assert any("Timed out waiting 3000ms" in ranks.said(rank) for rank in range(3))
+        assert any("Timed out waiting 10000ms" in ranks.said(rank) for rank in range(3))
 
 
 def test_a_stage_that_fails_says_why_and_the_other_one_that_it_is_gone(base: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_pipeline_over_two_nodes_waits_for_a_lost_one_to_come_back(
     undisturbed: Path, tmp_path: Path, loss: str
 ) -> None:
     """What is left cannot hold the model; with `--nnodes 2` torchrun meets again once there are two."""
-    log, command = tmp_path / "log0", [SCRIPT, *flags_of(undisturbed, tmp_path), "--pp", "2", "--comm_timeout", "5"]
+    log, command = tmp_path / "log0", [SCRIPT, *flags_of(undisturbed, tmp_path), "--pp", "2"]
     env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     with Nodes(2) as nodes:
 
@@ -170,7 +170,7 @@ def test_a_lost_node_leaves_fewer_data_ranks_and_the_same_losses(
     undisturbed: Path, tmp_path: Path, split: list[str]
 ) -> None:
     """Two nodes of two processes: tensor ranks are on one node, and stages on both."""
-    log, command = tmp_path / "log0", [SCRIPT, *flags_of(undisturbed, tmp_path), *split, "--comm_timeout", "5"]
+    log, command = tmp_path / "log0", [SCRIPT, *flags_of(undisturbed, tmp_path), *split]
     env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     with Nodes(2) as nodes:
         first, _ = (
@@ -183,25 +183,6 @@ def test_a_lost_node_leaves_fewer_data_ranks_and_the_same_losses(
     said = log.read_text()
     assert "on 4 ranks" in said and "on 2 ranks" in said and "resumed from" in said
     assert_undisturbed(undisturbed, tmp_path)
-
-
-@needs_namespaces
-@pytest.mark.slow
-def test_what_is_left_of_a_split_and_cannot_hold_the_model_says_so(base: Path, tmp_path: Path) -> None:
-    """Three of four processes, two by two."""
-    log, command = tmp_path / "log0", [SCRIPT, *flags_of(base, tmp_path), "--tp", "2", "--comm_timeout", "5"]
-    env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    with Nodes(4) as nodes:
-        first, *_ = [
-            nodes.start(node, elastic(nodes, node, 0, command), tmp_path / f"log{node}", env) for node in range(4)
-        ]
-        wait_until(reached(tmp_path, 7), first, log)
-        nodes.kill(3)
-        assert first.wait(timeout=180) != 0
-    told = (
-        "error: --tp 2 x --pp 1 ranks hold one model between them, and the number of processes, 3, is no multiple of 2"
-    )
-    assert told in log.read_text()
 
 
 @pytest.mark.slow
