@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -169,14 +169,18 @@ def test_a_compiled_block_is_not_taken_apart(schedule: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def drilled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Every problem of one split."""
-    split = request.param
-    folder = tmp_path_factory.mktemp("drill")
-    return learn_spread(folder, [each for each in drills() if each[0] == split], 3000), split
+def drilled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Split -> what it has learnt of every problem; asked for the first time, it learns."""
+
+    @cache
+    def learnt(split: str) -> Path:
+        folder = tmp_path_factory.mktemp("drill")
+        return learn_spread(folder, [each for each in drills() if each[0] == split], 3000)
+
+    return learnt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("drilled", "problem"), drills(), indirect=["drilled"])
-def test_every_split_of_every_problem(drilled: tuple[Path, str], problem: str) -> None:
-    learns_as_one_process(*drilled, problem)
+@pytest.mark.parametrize(("split", "problem"), drills())
+def test_every_split_of_every_problem(drilled: Callable[[str], Path], split: str, problem: str) -> None:
+    learns_as_one_process(drilled(split), split, problem)
