@@ -271,12 +271,13 @@ def mixture(engine: Engine, config: Config) -> split_paper.Mixture:
     )
 
 
-def kept_by_formula(engine: Engine, config: Config, rank: int, micro_batches: int, length: int) -> float | None:
+def kept_by_formula(
+    engine: Engine, config: Config, net: split_paper.Network, mix: split_paper.Mixture, job: split_paper.Job, rank: int
+) -> float | None:
     """Of blocks and last norm, a row a micro-batch; None of what there is no formula for."""
-    shape, net, mix = engine.model.config, network(engine.model.config), mixture(engine, config)
+    shape = engine.model.config
     if config.adapter or shape.qk_norm or net.ffn != shape.ffn_dim or engine.dtype == torch.float32:
         return None
-    job = split_paper.Job(1, length, micro_batches)
     kept = split_paper.memory(net, mix._replace(engine="ddp"), job, rank).activations  # whichever it is
     # what a block computes again is there for its own backward pass alone, and not seen by the hooks
     return kept - job.tokens * split_paper.kept_by_block(net, mix.tp) if mix.checkpointing else kept
@@ -318,8 +319,9 @@ def look(engine: Engine, start: Start[PretrainConfig], rank: int, micro_batches:
     measured["activations"], measured["messages"] = activations(engine, micro_batches, length)
     expected = formula(engine, world.parts(config.hsdp), stage_of(engine), *share(start.model, config, rank))
     net, mix = network(engine.model.config), mixture(engine, config)
-    expected["messages"] = split_paper.messages(net, mix, split_paper.Job(1, length, micro_batches), rank)
-    kept = kept_by_formula(engine, config, rank, micro_batches, length)
+    job = split_paper.Job(1, length, micro_batches)
+    expected["messages"] = split_paper.messages(net, mix, job, rank)
+    kept = kept_by_formula(engine, config, net, mix, job, rank)
     return Looked(measured, expected if kept is None else {**expected, "activations": kept})
 
 

@@ -203,6 +203,10 @@ COLUMNS = (
     "tp x pp x data", "engine", "schedule", "k", "checkpointing", "GB held", "state", "activations", "messages",
     "GB sent", "by tp", "by pp", "by data", "bubble", "computes", "seconds",
 )  # fmt: skip
+HEADERS = {  # of those that are not simply a word a line
+    COLUMNS[0]: COLUMNS[0], "checkpointing": "check-\npointing", "activations": "activ-\nations",
+    "messages": "mes-\nsages",
+}  # fmt: skip
 WIDE = 160  # characters that the table has, whatever the terminal's width
 
 
@@ -250,10 +254,8 @@ def show(found: Plan, asked: Asked, top: int, console: Console) -> None:
     title = None if found.fits else "nothing fits; the smallest"
     lines = Table(title=title, caption="GB are 10^9 bytes of the rank that has most; kept: --fsdp_reshard no")
     for name in COLUMNS:
-        split = {"checkpointing": "check-\npointing", "activations": "activ-\nations", "messages": "mes-\nsages"}
-        header = {**split, COLUMNS[0]: COLUMNS[0]}.get(name)
         lines.add_column(
-            header or name.replace(" ", "\n"),
+            HEADERS.get(name, name.replace(" ", "\n")),
             justify="left" if name in ("engine", "schedule") else "right",
             no_wrap=True,
         )
