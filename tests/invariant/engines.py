@@ -14,7 +14,7 @@ LORA_START = "full_sft_lora"  # whose adapter the last goes on with
 ADAPTERS = {"lora": LORA, "bottleneck": BOTTLENECK, "prefix": PREFIX}  # by the last word of a run's name
 OTHERS = ("full_sft_bottleneck", "dpo_prefix")  # for the engines that say so
 SPLIT = tuple(stage for stage in STAGES if stage != "distill")  # whose model may be split over ranks
-STEPS = 12
+STEPS = 8
 Runs = Sequence[tuple[str, str, list[str]]]  # stage, name, flags
 
 

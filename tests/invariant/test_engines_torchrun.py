@@ -1,9 +1,10 @@
 """DDP and FSDP2 learn in every stage what one process learns: the same losses and the same exported weights.
 
 Every run of the tests asks either for every stage on two ranks; their options, models that are split, and four ranks,
-for some.
+for one or none: the drill asks for the others.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from tests.invariant.rollouts import (
     train_rollouts_alone,
 )
 
-BOTTLENECK, PREFIX = OTHERS
+BOTTLENECK, _ = OTHERS
 
 
 def split(rows: int, *flags: str) -> list[str]:
@@ -39,25 +40,29 @@ def split(rows: int, *flags: str) -> list[str]:
 TORCHRUN = {
     "ddp": Asked(["--engine", "ddp"], (*STAGES, *OTHERS)),
     "fsdp": Asked(["--engine", "fsdp"], (*STAGES, *OTHERS)),
-    "fsdp, kept gathered": Asked(["--engine", "fsdp", "--fsdp_reshard", "no"], ("pretrain", "kto")),
+    "fsdp, kept gathered": Asked(["--engine", "fsdp", "--fsdp_reshard", "no"], ("kto",)),
     "fsdp, offload, checkpointing, async": Asked(
         ["--engine", "fsdp", "--offload", "cpu", "--grad_checkpointing", "--async_save"], ("full_sft", "dpo_lora")
     ),
-    "tp2": Asked(split(8, "--tp", "2"), ("pretrain", "dpo_lora"), (*SPLIT, BOTTLENECK)),
-    "pp2, ddp": Asked(split(8, "--engine", "ddp", "--pp", "2"), ("full_sft", "reward"), (*SPLIT, *OTHERS)),
+    "tp2": Asked(split(8, "--tp", "2"), ("dpo_lora",), (*SPLIT, BOTTLENECK)),
+    "pp2, ddp": Asked(split(8, "--engine", "ddp", "--pp", "2"), ("reward",), (*SPLIT, *OTHERS)),
     "pp2, fsdp, checkpointing, async": Asked(
-        split(8, "--engine", "fsdp", "--pp", "2", "--grad_checkpointing", "--async_save"), (PREFIX,), (*SPLIT, *OTHERS)
+        split(8, "--engine", "fsdp", "--pp", "2", "--grad_checkpointing", "--async_save"), (), (*SPLIT, *OTHERS)
     ),
 }
-ROLLOUTS = ("ddp", "fsdp")
+ROLLOUTS = {"ddp": KINDS, "fsdp": ("filtered", "ppo", "taught")}
 TOP_K = ["--teacher_top_k", "16", "--distill_loss", "jsd", "--distill_temperature", "2", "--ce_weight", "0.3"]
 FOUR = {
-    "ddp": Asked(["--engine", "ddp"], ("pretrain", "kto")),
-    "fsdp, a copy a node": Asked(["--engine", "fsdp", "--hsdp"], ("distill", "dpo_lora")),
+    "ddp": Asked(["--engine", "ddp"], ("kto",)),
+    "fsdp, a copy a node": Asked(["--engine", "fsdp", "--hsdp"], ("distill",)),
     "tp2 x fsdp2, async": Asked(split(4, "--tp", "2", "--async_save"), ("kto",), SPLIT),
     "pp2 x ddp2": Asked(split(4, "--engine", "ddp", "--pp", "2"), (), (*SPLIT, *OTHERS)),
-    "pp2 x tp2": Asked(split(8, "--tp", "2", "--pp", "2"), ("dpo",), SPLIT),
+    "pp2 x tp2": Asked(split(8, "--tp", "2", "--pp", "2"), (), SPLIT),
 }
+
+
+def drawn(base: Path, engine: str, kinds: Sequence[str]) -> list[tuple[str, list]]:
+    return rollout_runs(base, f"{engine} x2", 2, *TORCHRUN[engine].flags, wanted=kinds)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +77,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spread(alone: Path) -> Path:
-    rollouts = [run for name in ROLLOUTS for run in rollout_runs(alone, f"{name} x2", 2, *TORCHRUN[name].flags)]
+    rollouts = [run for name, kinds in ROLLOUTS.items() for run in drawn(alone, name, kinds)]
     more = [("distill", "top k", [*TOP_K, "--cache_dir", f"{alone}/none yet"])]
     train_all(alone, TORCHRUN, ranks=2, more=more, also=rollouts)
     train_all(alone, FOUR, ranks=4, nodes=2)
@@ -81,7 +86,8 @@ def spread(alone: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def drilled(alone: Path) -> Path:
-    train_all(alone, TORCHRUN, ranks=2, drill=True)
+    rollouts = drawn(alone, "fsdp", [kind for kind in KINDS if kind not in ROLLOUTS["fsdp"]])
+    train_all(alone, TORCHRUN, ranks=2, drill=True, also=rollouts)
     train_all(alone, FOUR, ranks=4, drill=True, nodes=2)
     return alone
 
@@ -100,8 +106,7 @@ def test_ranks_ask_a_teacher_ahead_side_by_side(spread: Path) -> None:
     same_as_alone(spread, "top k x2", "distill", single="top k")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ROLLOUTS)
+@pytest.mark.parametrize(("engine", "kind"), [(name, kind) for name, kinds in ROLLOUTS.items() for kind in kinds])
 def test_two_ranks_draw_the_answers_of_one(spread: Path, engine: str, kind: str) -> None:
     same_rollouts_as_alone(spread, f"{engine} x2", kind)
 
@@ -117,3 +122,9 @@ def test_rollouts_tell_something(alone: Path) -> None:
 )
 def test_every_stage_with_every_option(drilled: Path, ranks: int, engine: str, stage: str) -> None:
     same_as_alone(drilled, f"{engine} x{ranks}", stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ROLLOUTS["fsdp"]])
+def test_every_rollout_under_fsdp(drilled: Path, kind: str) -> None:
+    same_rollouts_as_alone(drilled, "fsdp x2", kind)

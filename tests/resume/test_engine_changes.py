@@ -9,6 +9,7 @@ from tests.helpers import LORA, losses, metrics, stage_flags, train_here, train_
 FLAT = ["--lr_schedule", "wsd", "--decay_fraction", 0, "--warmup_steps", 1, "--learning_rate", 1e-3, "--min_lr", 1e-3]
 ZERO = ["--engine", "deepspeed", "--zero_stage"]
 RUNS = {"pretrain": [], "full_sft": LORA}  # of an adapter, checkpoints hold that alone
+FEWER = (3, 7, 11, 13, 18)  # stops of the adapter: another way of writing each
 
 
 def test_every_engine_goes_on_from_every_other(tmp_path: Path) -> None:
@@ -21,6 +22,7 @@ def test_every_engine_goes_on_from_every_other(tmp_path: Path) -> None:
         return [
             (stage, [*stage_flags(tmp_path, stage, tmp_path / out), *FLAT, *rows, *flags, *own])
             for stage, own in RUNS.items()
+            if stage == "pretrain" or step in FEWER
         ]
 
     def train_alone(step: int, out: str) -> None:
@@ -41,7 +43,7 @@ def test_every_engine_goes_on_from_every_other(tmp_path: Path) -> None:
     said += train_many(tmp_path, until(16, "--engine", "fsdp", "--offload", "cpu"), ranks=2)
     train_alone(18, "mixed")
     for stage in RUNS:
-        for step in (3, 5, 7, 9, 11, 13, 14, 15):
+        for step in (3, 7, 11, 13) if stage == "full_sft" else (3, 5, 7, 9, 11, 13, 14, 15):
             assert f"{stage}_32/checkpoints/step_{step:06d}" in said
         assert losses(tmp_path / "mixed", stage) == pytest.approx(losses(tmp_path / "whole", stage), rel=1e-5)
         tokens = [[record["tokens"] for record in metrics(tmp_path / name, stage)] for name in ("mixed", "whole")]
