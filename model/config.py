@@ -22,6 +22,16 @@ def default_ffn_dim(dim: int) -> int:
     return 64 * math.ceil(8 * dim // 3 / 64)
 
 
+def default_shape(dim: int, n_heads: int | None = None) -> dict[str, int]:
+    """Layers and heads of a width, for whoever says no more: a layer for every 64 (four at least), heads of 64 (of 32
+    below a width of 512; the nearest that there may be), keys and values for every fourth."""
+    width = 32 if dim < 512 else 64
+    even = [n for n in range(1, dim // 2 + 1) if dim % (2 * n) == 0]  # whose heads are an even number wide
+    heads = n_heads or min(even, key=lambda n: abs(math.log(dim / n / width)), default=1)
+    shared = max(n for n in range(1, max(1, heads // 4) + 1) if heads % n == 0)
+    return {"n_layers": max(4, round(dim / 64)), "n_heads": heads, "n_kv_heads": shared}
+
+
 @dataclass
 class GPTConfig:
     """Shape of a decoder-only network. Raises ValueError for sizes that do not fit together."""

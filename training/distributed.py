@@ -30,6 +30,8 @@ from dataset.cores import usable_cores
 
 FIRST_CONTACT = 120.0  # seconds for all ranks to meet; a missing one is an error then, not a silent hang
 
+TENSOR = "tp"  # the mesh's dimension of ranks that share matrices
+
 PREPARATION = timedelta(hours=4)  # nodes may tokenize the same data for hours, one faster than another
 
 
@@ -100,11 +102,11 @@ class World:
 
         Raises ValueError where nodes cannot hold whole copies.
         """
-        dims = {"pp": self.pp, "data": self.data_size, "tp": self.tp}
+        dims = {"pp": self.pp, "data": self.data_size, TENSOR: self.tp}
         if copy_a_node:
             shard = self.parts(copy_a_node)
-            dims = {"pp": self.pp, "replicate": self.data_size // shard, "shard": shard, "tp": self.tp}
-        dims = {name: size for name, size in dims.items() if size > 1 or name not in ("pp", "tp")}
+            dims = {"pp": self.pp, "replicate": self.data_size // shard, "shard": shard, TENSOR: self.tp}
+        dims = {name: size for name, size in dims.items() if size > 1 or name not in ("pp", TENSOR)}
         return init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
     def parts(self, copy_a_node: bool = False) -> int:

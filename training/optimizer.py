@@ -11,10 +11,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from model import GPT
 from training.config import Config
+from training.distributed import TENSOR
 
 # What an optimizer is told of its gradients by, as torch.amp.GradScaler does it: an attribute, float32 (), on the
 # device; 1 where one is not finite, and the step must leave weights, moments and counts as they were.
@@ -42,8 +44,22 @@ def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Opt
     muon = torch.optim.Muon(
         hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
+    muon.register_step_pre_hook(whole_over_tensor_ranks)
     groups = [{"params": others, **decay}] if others else []
     return [heeding(muon), heeding(adamw([*groups, {"params": rest, **no_decay}]))]
+
+
+def whole_over_tensor_ranks(optimizer: Optimizer, *_: object) -> None:
+    """Before a step of Muon, whose update is of a whole matrix: gradients that tensor ranks have in parts are gathered,
+    so that their momentum is whole, and each rank takes its part of the update. Data ranks keep parts of the momentum,
+    of which PyTorch makes the whole for the update."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor) and TENSOR in (names := gradient.device_mesh.mesh_dim_names or ()):
+                placements = list(gradient.placements)
+                placements[names.index(TENSOR)] = Replicate()
+                parameter.grad = gradient.redistribute(placements=placements)
 
 
 def heeding(optimizer: Optimizer) -> Optimizer:

@@ -18,7 +18,7 @@ from dataset.records import one_line
 from dataset.tokenizer import HFTokenizer, TextTokenizer
 from model import GPT, GPTConfig
 from model.adapter_folder import is_adapter, tokenizer_folder
-from model.config import check_writes
+from model.config import check_writes, default_shape
 from model.folder import folder_weights, weights_hash
 from model.folder import load_config as load_model_config
 from model.gpt import fresh_weights, with_score
@@ -131,7 +131,7 @@ def shape_and_weights(asked: Config, init: str, tokenizer: TextTokenizer) -> tup
     if init == "none":
         given = {name: getattr(asked, name) for name in (*SHAPE_FLAGS, "max_seq_len")}
         given = {name: value for name, value in given.items() if value is not None}
-        size = {"vocab_size": tokenizer.vocab_size}
+        size = default_shape(asked.dim or GPTConfig.dim, asked.n_heads) | {"vocab_size": tokenizer.vocab_size}
         shape = GPTConfig(**(size | given), dropout=asked.dropout, scores=asked.scores)
         return shape, partial(fresh_weights, shape, asked.seed)
     folder = load_model_config(init)

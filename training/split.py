@@ -30,11 +30,6 @@ def check_flags(config: Config, engine: str) -> None:
             f"{asked}: train_{config.stage}.py asks a whole model while it learns, and no rank would hold one; leave "
             "it out, and where the model does not fit give --engine fsdp"
         )
-    if config.tp > 1 and config.optimizer == "muon":
-        raise ValueError(
-            f"--optimizer muon makes its update of whole matrices, which no rank has under --tp {config.tp}; "
-            "give --optimizer adamw, or --pp or --engine fsdp in place of --tp"
-        )
     if config.tp > 1 and config.adapter == "prefix":
         raise ValueError(
             f"--adapter prefix under --tp {config.tp}: its keys and values of all heads are one matrix; give "

@@ -130,7 +130,7 @@ class Split:
         """The others are refused (training/split.py)."""
         if "compile" in problem.flags:
             return self.pp_schedule not in ZERO_BUBBLE
-        return self.tp == 1 or not (isinstance(problem.adapter, Prefix) or "optimizer" in problem.flags)
+        return self.tp == 1 or not isinstance(problem.adapter, Prefix)
 
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv")

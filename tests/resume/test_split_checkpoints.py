@@ -318,16 +318,16 @@ def test_every_layout_goes_on_from_every_other(matrix: Path, reader: str) -> Non
 
 
 @pytest.mark.slow
-def test_muons_state_goes_through_pipelines_too(tmp_path: Path) -> None:
+def test_muons_state_goes_through_splits_too(tmp_path: Path) -> None:
     """It multiplies in bfloat16, so that what is trained on differs by more; what is read does not."""
     make_data(tmp_path)
     muon = ("--optimizer", "muon")
-    two = ("fsdp2", "pp2 zbv")
-    pairs = [(reader, writer) for reader in ("single", *two) for writer in ("single", *two) if reader != writer]
-    runs = [Run("single", tmp_path / "whole", ENDED), *(writing(tmp_path, name) for name in ("single", *two))]
+    split = ("fsdp2", "pp2 zbv", "tp2", "tp2 x fsdp2")
+    pairs = [(reader, writer) for reader in ("single", *split) for writer in ("single", *split) if reader != writer]
+    runs = [Run("single", tmp_path / "whole", ENDED), *(writing(tmp_path, name) for name in ("single", *split))]
     runs += [run for name in pairs if name[0] != "single" for run in reading(tmp_path, *name)]
     train(tmp_path, [run._replace(more=muon) for run in runs])
-    runs = [run for name in two for run in reading(tmp_path, "single", name)]
+    runs = [run for name in split for run in reading(tmp_path, "single", name)]
     train(tmp_path, [run._replace(more=muon) for run in runs])
     whole = losses(tmp_path / "whole", "pretrain")
     for reader, writer in pairs:

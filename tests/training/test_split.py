@@ -54,7 +54,6 @@ def test_what_can_be_split_has_an_engine(flags, engine):
         (f"{DDP} --pp 2 --offload cpu", "--offload cpu is for --engine fsdp or deepspeed, and the engine is ddp; give"),
         ("--pp_schedule zb", "are for a pipeline; give --pp N, or leave them out"),
         ("--pp_stages_per_rank 2", "are for a pipeline; give --pp N, or leave them out"),
-        ("--tp 2 --optimizer muon", "no rank has under --tp 2; give --optimizer adamw, or --pp or --engine fsdp in"),
         ("--tp 2 --adapter prefix", "--adapter prefix under --tp 2: .*; give --adapter lora, or --pp in place of --tp"),
         (f"{FSDP} --pp 2 --pp_schedule zb", "--pp_schedule zb makes .* fsdp does not notice; give --engine ddp, or"),
         (f"{FSDP} --pp 2 --pp_schedule zbv", "--pp_schedule zbv makes .*; give .* or --pp_schedule interleaved"),

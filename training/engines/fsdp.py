@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from model import GPT
 from model.folder import assemble
+from training.distributed import TENSOR
 from training.engines.contract import Weights
 from training.engines.pytorch import PyTorchEngine, fill
 from training.engines.tensor_parallel import split_tensors
@@ -51,7 +52,7 @@ class FSDPEngine(PyTorchEngine):
     def place(self, model: GPT, weights: Weights) -> GPT:
         model = model.to("meta")
         if self.world.tp > 1:
-            split_tensors(model, self.mesh["tp"])
+            split_tensors(model, self.mesh[TENSOR])
         offload = self.config.offload == "cpu"
         shard = partial(
             fully_shard,
