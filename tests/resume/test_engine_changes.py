@@ -43,7 +43,7 @@ def test_every_engine_goes_on_from_every_other(tmp_path: Path) -> None:
     said += train_many(tmp_path, until(16, "--engine", "fsdp", "--offload", "cpu"), ranks=2)
     train_alone(18, "mixed")
     for stage in RUNS:
-        for step in (3, 7, 11, 13) if stage == "full_sft" else (3, 5, 7, 9, 11, 13, 14, 15):
+        for step in (3, 7, 11) if stage == "full_sft" else (3, 5, 7, 9, 11, 13, 14, 15):
             assert f"{stage}_32/checkpoints/step_{step:06d}" in said
         assert losses(tmp_path / "mixed", stage) == pytest.approx(losses(tmp_path / "whole", stage), rel=1e-5)
         tokens = [[record["tokens"] for record in metrics(tmp_path / name, stage)] for name in ("mixed", "whole")]
