@@ -324,11 +324,9 @@ def test_muons_state_goes_through_splits_too(tmp_path: Path) -> None:
     muon = ("--optimizer", "muon")
     split = ("fsdp2", "pp2 zbv", "tp2", "tp2 x fsdp2")
     pairs = [(reader, writer) for reader in ("single", *split) for writer in ("single", *split) if reader != writer]
-    runs = [Run("single", tmp_path / "whole", ENDED), *(writing(tmp_path, name) for name in ("single", *split))]
-    runs += [run for name in pairs if name[0] != "single" for run in reading(tmp_path, *name)]
-    train(tmp_path, [run._replace(more=muon) for run in runs])
-    runs = [run for name in split for run in reading(tmp_path, "single", name)]
-    train(tmp_path, [run._replace(more=muon) for run in runs])
+    written = [Run("single", tmp_path / "whole", ENDED), *(writing(tmp_path, name) for name in ("single", *split))]
+    for runs in (written, [run for pair in pairs for run in reading(tmp_path, *pair)]):
+        train(tmp_path, [run._replace(more=muon) for run in runs])
     whole = losses(tmp_path / "whole", "pretrain")
     for reader, writer in pairs:
         comes_out_the_same(tmp_path, reader, writer)
