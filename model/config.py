@@ -23,13 +23,19 @@ def default_ffn_dim(dim: int) -> int:
 
 
 def default_shape(dim: int, n_heads: int | None = None) -> dict[str, int]:
-    """Layers and heads of a width, for whoever says no more: a layer for every 64 (four at least), heads of 64 (of 32
-    below a width of 512; the nearest that there may be), keys and values for every fourth."""
-    width = 32 if dim < 512 else 64
-    even = [n for n in range(1, dim // 2 + 1) if dim % (2 * n) == 0]  # whose heads are an even number wide
-    heads = n_heads or min(even, key=lambda n: abs(math.log(dim / n / width)), default=1)
-    shared = max(n for n in range(1, max(1, heads // 4) + 1) if heads % n == 0)
-    return {"n_layers": max(4, round(dim / 64)), "n_heads": heads, "n_kv_heads": shared}
+    """Layers and heads of a width, for whoever says no more: a layer for every 64 of it (beyond 1,024: every 128), four
+    at least; eight heads, or fewer that are 32 wide, or more that are 128 wide; keys and values for every fourth head
+    or so, by a power of two, which tensor ranks can share."""
+    even = [n for n in range(1, dim // 2 + 1) if dim % (2 * n) == 0]  # numbers of heads of an even width
+    heads = n_heads or nearest(even or [1], min(max(8, dim / 128), dim / 32))
+    shared = [n for n in (2**power for power in range(heads.bit_length())) if heads % n == 0]
+    layers = max(4, min(round(dim / 64), 8 + dim // 128))
+    return {"n_layers": layers, "n_heads": heads, "n_kv_heads": nearest(shared, heads / 4)}
+
+
+def nearest(numbers: list[int], wanted: float) -> int:
+    """By ratio."""
+    return min(numbers, key=lambda number: abs(math.log(number / wanted)))
 
 
 @dataclass

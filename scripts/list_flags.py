@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import GPTConfig
+from model.config import default_shape
 from training import STAGES
 from training.config import Config, plain, relative, rules
 from training.names import ELSEWHERE, answer
@@ -117,7 +118,7 @@ def default(config: type[Config], name: str) -> str:
     declared: Field[object] = next(f for f in fields(config) if f.name == name)
     found = declared.default_factory() if callable(declared.default_factory) else declared.default
     if found is None and hasattr(GPTConfig, name):  # shapes are left to the network's own defaults
-        found = getattr(GPTConfig, name) if name != "vocab_size" else None
+        found = getattr(GPTConfig, name) if name not in ("vocab_size", *default_shape(GPTConfig.dim)) else None
     if found is None or found == []:
         return ""
     return f"`{relative(str(found).lower() if isinstance(found, bool) else found)}`"

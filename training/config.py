@@ -132,9 +132,13 @@ class Config:
     )
 
     dim: int | None = shape_flag("width")
-    n_layers: int | None = shape_flag("blocks")
-    n_heads: int | None = shape_flag("query heads")
-    n_kv_heads: int | None = shape_flag("key and value heads")
+    n_layers: int | None = shape_flag(
+        "blocks; by default one for every 64 of dim (beyond 1,024: every 128), 4 at least"
+    )
+    n_heads: int | None = shape_flag(
+        "query heads; by default 8, fewer where they were narrower than 32, more where wider than 128"
+    )
+    n_kv_heads: int | None = shape_flag("key and value heads; by default for every fourth query head or so")
     ffn_dim: int | None = shape_flag("SwiGLU width; by default 8/3 dim rounded up to a multiple of 64")
     vocab_size: int | None = shape_flag("rows of the embedding; by default the tokenizer's")
     max_seq_len: int | None = flag(None, "tokens a row, and the model's context", "model", at_least=1, resume="refuse")

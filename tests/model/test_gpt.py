@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import model.gpt
 from model import GPT, GPTConfig
-from model.config import default_ffn_dim
+from model.config import default_ffn_dim, default_shape
 from model.gpt import IGNORE, RMSNorm, Role, fresh_weights, normalized
 
 DOCUMENTS = [[5, 9, 2, 40, 7], [3, 3, 8], [60, 1, 4, 4, 4, 12]]
@@ -29,6 +29,30 @@ def test_parameters_of_the_published_sizes(dim, n_layers, millions):
 @pytest.mark.parametrize(("dim", "width"), [(64, 192), (512, 1408), (640, 1728), (768, 2048), (1024, 2752)])
 def test_ffn_width_is_8_thirds_of_dim_rounded_up_to_64(dim, width):
     assert default_ffn_dim(dim) == GPTConfig(dim=dim).ffn_dim == width
+
+
+@pytest.mark.parametrize(
+    ("dim", "layers", "heads", "shared"),
+    [
+        (64, 4, 2, 1),
+        (128, 4, 4, 1),
+        (256, 4, 8, 2),
+        (512, 8, 8, 2),
+        (768, 12, 8, 2),
+        (1024, 16, 8, 2),
+        (4096, 40, 32, 8),
+    ],
+)
+def test_a_width_alone_tells_layers_and_heads(dim, layers, heads, shared):
+    shape = default_shape(dim)
+    assert shape == {"n_layers": layers, "n_heads": heads, "n_kv_heads": shared}
+    assert 32 <= GPTConfig(dim=dim, **shape).head_dim <= 128
+
+
+@pytest.mark.parametrize("dim", range(2, 400, 2))
+def test_every_even_width_has_a_shape(dim):
+    assert GPTConfig(dim=dim, **default_shape(dim)).head_dim % 2 == 0
+    assert default_shape(dim, n_heads=6) | {"n_layers": 0} == {"n_layers": 0, "n_heads": 6, "n_kv_heads": 2}
 
 
 @pytest.mark.parametrize(

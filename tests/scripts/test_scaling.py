@@ -15,7 +15,8 @@ from tests.helpers import ROOT, train_here, train_many
 N, BLOCKS, LAYERS, SMALL = 504_128, 94_464, 2, 94_528  # parameters of the shape below; all tensors but the embedding
 REST, K = N - BLOCKS, 3
 A = 16 * 64  # numbers of a micro-batch's hidden states
-SHAPE = ["--dim", 64, "--n_layers", LAYERS, "--device", "cpu", "--max_seq_len", 16, "--batch_size", 1]
+HEADS = ["--n_heads", 8, "--n_kv_heads", 2]
+SHAPE = ["--dim", 64, "--n_layers", LAYERS, *HEADS, "--device", "cpu", "--max_seq_len", 16, "--batch_size", 1]
 RUN = [*SHAPE, "--accumulation_steps", K, "--max_steps", 1]
 ZERO = ["--engine", "deepspeed", "--zero_stage"]
 HALF = ["--dtype", "bfloat16"]

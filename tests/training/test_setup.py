@@ -56,6 +56,13 @@ def test_a_fresh_model_has_the_shapes_of_the_flags_and_the_rest_filled_in():
     assert None not in [getattr(config, name) for name in SHAPE_FLAGS]
 
 
+def test_a_width_alone_is_enough_and_what_is_given_beside_it_holds():
+    found = starting_model(PretrainConfig(dim=128)).config
+    assert (found.n_layers, found.n_heads, found.n_kv_heads, found.ffn_dim) == (4, 4, 1, 384)
+    found = starting_model(PretrainConfig(dim=128, n_layers=2, n_heads=8)).config
+    assert (found.n_layers, found.n_heads, found.n_kv_heads) == (2, 8, 2)
+
+
 def test_flags_that_were_given_stay_as_they_were():
     asked = PretrainConfig(**SMALL, learning_rate=3e-3, vocab_size=7000, tie_embeddings=False, qk_norm=True)
     config = starting_model(asked).config
