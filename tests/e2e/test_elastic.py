@@ -55,7 +55,7 @@ def test_a_killed_worker_is_started_again_and_the_losses_are_those_of_an_undistu
 
 
 @needs_namespaces
-@pytest.mark.parametrize("loss", ["power", "cable"])
+@pytest.mark.parametrize("loss", [pytest.param("power", marks=pytest.mark.slow), "cable"])
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
     base: Path, tmp_path: Path, loss: str
 ) -> None:
@@ -74,6 +74,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
     assert_undisturbed(base, tmp_path)
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_a_node_that_joins_later_changes_no_loss_though_it_becomes_the_first(base: Path, tmp_path: Path) -> None:
     """Ranks go by address, so the node that joins is rank 0 from then on, and hosts what the ranks meet at."""

@@ -126,7 +126,9 @@ def test_a_saved_config_runs_again_and_gives_the_same_losses(tmp_path: Path) -> 
         assert abs(losses(tmp_path / "second", "pretrain")[step] - loss) < 1e-5 * loss
 
 
-@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "accelerate.commands.launch"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("torch.distributed.launch", marks=pytest.mark.slow), "accelerate.commands.launch"]
+)
 def test_other_launchers_start_the_same_run_as_torchrun(tmp_path: Path, launcher: str) -> None:
     pytest.importorskip(launcher.split(".")[0])
     options = {

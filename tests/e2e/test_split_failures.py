@@ -59,6 +59,7 @@ def assert_says_one_was_lost(ranks: Ranks, rank: int) -> None:
     assert error.endswith("the same command goes on from it (torchrun --max_restarts N does so by itself)"), said
 
 
+@pytest.mark.slow
 def test_a_stage_that_falls_silent_is_waited_for_no_longer_than_comm_timeout(base: Path, tmp_path: Path) -> None:
     """Its process lives on, so that no connection is closed; the other stage waits for what it would send."""
     count, split = SPLITS["pp2 x tp2"]

@@ -230,9 +230,10 @@ DEEP = ["--n_layers", "4"]  # of which two ranks with two stages each have a blo
 SPLIT2 = ["tp2", "pp2 1f1b", "pp2 zb", "pp2 zbv", "pp2 fsdp"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "names"),
-    [(2, SPLIT2), pytest.param(4, ["tp2 fsdp2", "pp2 ddp2", "pp2 tp2"], marks=pytest.mark.slow)],
+    [(2, SPLIT2), (4, ["tp2 fsdp2", "pp2 ddp2", "pp2 tp2"])],
 )
 def test_split_engines_are_asked_in_real_processes(
     processes: int, names: list[str], here: None, flags: list[str], tmp_path: Path
