@@ -49,10 +49,10 @@ def test_a_width_alone_tells_layers_and_heads(dim, layers, heads, shared):
     assert 32 <= GPTConfig(dim=dim, **shape).head_dim <= 128
 
 
-@pytest.mark.parametrize("dim", range(2, 400, 2))
-def test_every_even_width_has_a_shape(dim):
-    assert GPTConfig(dim=dim, **default_shape(dim)).head_dim % 2 == 0
-    assert default_shape(dim, n_heads=6) | {"n_layers": 0} == {"n_layers": 0, "n_heads": 6, "n_kv_heads": 2}
+def test_every_even_width_has_a_shape():
+    for dim in range(2, 400, 2):
+        assert GPTConfig(dim=dim, **default_shape(dim)).head_dim % 2 == 0
+        assert default_shape(dim, n_heads=6)["n_heads"] == 6 and default_shape(dim, n_heads=6)["n_kv_heads"] == 2
 
 
 @pytest.mark.parametrize(
