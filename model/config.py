@@ -34,8 +34,8 @@ def default_shape(dim: int, n_heads: int | None = None) -> dict[str, int]:
 
 
 def nearest(numbers: list[int], wanted: float) -> int:
-    """By ratio."""
-    return min(numbers, key=lambda number: abs(math.log(number / wanted)))
+    """By ratio; of sizes below one, which GPTConfig refuses, any."""
+    return min(numbers, key=lambda number: max(number / wanted, wanted / number))
 
 
 @dataclass

@@ -63,6 +63,13 @@ def test_a_width_alone_is_enough_and_what_is_given_beside_it_holds():
     assert (found.n_layers, found.n_heads, found.n_kv_heads) == (2, 8, 2)
 
 
+@pytest.mark.parametrize("sizes", [{"dim": -4}, {"n_heads": -1}, {"dim": 0}, {"n_heads": 0}])
+def test_a_size_below_one_is_named(sizes):
+    (name, size) = next(iter(sizes.items()))
+    with pytest.raises(ValueError, match=f"{name} is {size}; it must be at least 1"):
+        starting_model(PretrainConfig(**sizes))
+
+
 def test_flags_that_were_given_stay_as_they_were():
     asked = PretrainConfig(**SMALL, learning_rate=3e-3, vocab_size=7000, tie_embeddings=False, qk_norm=True)
     config = starting_model(asked).config
