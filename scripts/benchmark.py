@@ -86,7 +86,10 @@ def configs(arguments: argparse.Namespace, rest: list[str]) -> dict[str, Config]
         if forms and not files:
             raise ValueError(f"--data_path: no file has rows of {name}, {form.expected}; give one, or name --stages")
         config = load_config(ALONE[name].config, [*rest, *(["--data_path", *files] if files else [])])
-        found[name] = replace(config, init_from="none", val_fraction=0.0, max_steps=config.max_steps or UPDATES)
+        same = config.optimizer or "adamw"  # as the other side's, unless told
+        found[name] = replace(
+            config, init_from="none", val_fraction=0.0, max_steps=config.max_steps or UPDATES, optimizer=same
+        )
     return found
 
 

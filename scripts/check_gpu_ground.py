@@ -30,7 +30,7 @@ from training.transfer import Transfer
 
 OK, FAILED, LEFT_OUT = "ok", "FAILED", "left out"
 # where the flags given do not say otherwise: few layers, since all share one graph, and two micro-batches an update
-DEFAULTS = ["--n_layers", "4", "--batch_size", "2", "--accumulation_steps", "2"]
+DEFAULTS = ["--n_layers", "4", "--batch_size", "2", "--accumulation_steps", "2", "--optimizer", "adamw"]
 TRIES = 24  # updates within which a loss scaler finds its scale; each that is not finite halves it
 
 Watching = Callable[[], contextlib.AbstractContextManager[object]]

@@ -31,7 +31,18 @@ from training.setup import load_data, run_identity, start_machine, starting_mode
 ROW = 340  # tokens
 RECIPES = {
     "ours": [],
-    "minimind": ["--learning_rate", "5e-4", "--beta2", "0.999", "--weight_decay", "0.01", "--warmup_steps", "0"],
+    "minimind": [
+        "--optimizer",
+        "adamw",
+        "--learning_rate",
+        "5e-4",
+        "--beta2",
+        "0.999",
+        "--weight_decay",
+        "0.01",
+        "--warmup_steps",
+        "0",
+    ],
 }
 
 
@@ -53,6 +64,8 @@ def decay_everything(optimizers: list[Optimizer], decay: float) -> None:
 
 def main(recipe: str, asked: PretrainConfig) -> None:
     """As train_pretrain.py does it, but for the rows and, in other recipes, what decays."""
+    if not asked.max_steps:
+        raise ValueError("a pass is not as many rows in one recipe as in another; give --max_steps")
     machine = start_machine(asked)
     start = starting_model(asked)
     data = load_data(start, machine)

@@ -15,7 +15,8 @@ beside them scripts/split_paper.py's formula, which is a GPU's in 16 bits: a CPU
 what stages tell each other, as long as a rank holds it.
 
 The flags are those of pretraining. Shape, engine, precision, offload, --accumulation_steps and the adapter count; data,
-rows and reporting do not.
+rows and reporting do not. The formula is AdamW's, and so is the optimizer unless --optimizer says muon, which keeps one
+number of a hidden matrix's parameter where AdamW keeps two.
 """
 
 import contextlib
@@ -328,7 +329,8 @@ def look(engine: Engine, start: Start[PretrainConfig], rank: int, micro_batches:
 def main(config: PretrainConfig) -> None:
     machine = start_machine(config)
     world = machine.world
-    start = adapted(starting_model(replace(config, init_from="none", adapter=None)), config)
+    plain = replace(config, init_from="none", adapter=None, optimizer=config.optimizer or "adamw")
+    start = adapted(starting_model(plain), config)
     n, learnt = start.model.num_parameters(), start.model.num_parameters(learnt=True)
     engine = build_engine(start.model, start.config, machine, start.weights)
     micro_batches = max(config.accumulation_steps, config.pp)

@@ -14,7 +14,8 @@ Under --tp or --pp the formula is scripts/split_paper.py's; in a pipeline a rank
 is the share of time in which its ranks wait: by formula, by the order of their actions, and measured on a CPU
 (scripts/bubble.py).
 
-The flags are those of pretraining. --max_steps updates are timed, 3 unless told; the memory is scripts/memory.py's.
+The flags are those of pretraining. --max_steps updates are timed, 3 unless told; the memory is scripts/memory.py's. The
+optimizer is AdamW unless --optimizer says muon, for which fsdp and tensor ranks gather more than the formula counts.
 """
 
 import json
@@ -216,7 +217,7 @@ def sent_of(whole: Counter[Key]) -> int:
 def main(config: PretrainConfig) -> None:
     machine = start_machine(config)
     world = machine.world
-    start = starting_model(replace(config, init_from="none"))
+    start = starting_model(replace(config, init_from="none", optimizer=config.optimizer or "adamw"))
     shape = Shape.of(start.model)
     engine = build_engine(start.model, start.config, machine, start.weights)
     memory = measure(engine, config.pp)

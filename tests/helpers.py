@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 FORM_OF = {form.stage: form for form in FORMS}
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
 PLAIN = ["--device", "cpu", "--dtype", "float32"]  # what `auto` picks depends on the machine
-TINY = ["--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "64", *PLAIN]
+ADAMW = ["--optimizer", "adamw", "--learning_rate", "1e-3"]  # which every engine takes
+TINY = ["--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "64", *ADAMW, *PLAIN]
 KTO = ["--loss_type", "kto", "--run_name", "kto_32"]  # a loss with an update's own number and rows of its own form
 ROLLOUTS = ["--group_size", "4", "--max_new_tokens", "12", "--eval_rows", "4"]
 # DoRA and the control tokens are part of it: more that must be right at once

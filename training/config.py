@@ -186,7 +186,7 @@ class Config:
         at_least=0,
         resume="note",
     )
-    learning_rate: float = flag(1e-3, "peak learning rate", "optimization", above=0, resume="note")
+    learning_rate: float | None = flag(1e-3, "peak learning rate", "optimization", above=0, resume="note")
     min_lr: float | None = flag(
         None, "final learning rate; by default a tenth of learning_rate", "optimization", at_least=0, resume="note"
     )
@@ -203,7 +203,7 @@ class Config:
         0.1, "on matrices only, never on embeddings and norms", "optimization", at_least=0, resume="note"
     )
     grad_clip: float = flag(1.0, "largest norm of the gradient (0: off)", "optimization", at_least=0, resume="note")
-    optimizer: Literal["adamw", "muon"] = flag(
+    optimizer: Literal["adamw", "muon"] | None = flag(
         "adamw", "muon: torch.optim.Muon for hidden matrices, AdamW for the rest", "optimization", resume="refuse"
     )
     beta1: float = flag(0.9, "AdamW: decay of the mean", "optimization", at_least=0, below=1, resume="note")

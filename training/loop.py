@@ -36,7 +36,7 @@ from training.config import save_config
 from training.engines.contract import Engine, Totals
 from training.metrics import Metrics, Record, held_out_name, peak_flops, peak_memory_mb
 from training.objectives import Measured, Objective
-from training.optimizer import learning_rate
+from training.optimizer import learning_rate, peak_rate
 from training.run_folder import held
 from training.saver import Progress, Saver, Settings, noted, resume
 from training.setup import Start
@@ -239,8 +239,8 @@ class Run:
         return (
             f"{config.stage}: {parameters}, context {self.start.max_seq_len}, "
             f"on {engine.device} in {precision}, {engine.name} on {ranks}; "
-            f"steps {self.progress.step + 1:,} to {self.total_steps:,} of {source.rows_per_update:,} rows{about}; "
-            f"from {start}; into {config.run_dir}"
+            f"steps {self.progress.step + 1:,} to {self.total_steps:,} of {source.rows_per_update:,} rows{about} "
+            f"by {config.optimizer} at {peak_rate(config):.2g}; from {start}; into {config.run_dir}"
         )
 
     def end(self) -> None:

@@ -14,39 +14,47 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from model import GPT
+from model import GPT, GPTConfig
+from model.gpt import Role
 from training.config import Config
 from training.distributed import TENSOR
 
 # What an optimizer is told of its gradients by, as torch.amp.GradScaler does it: an attribute, float32 (), on the
 # device; 1 where one is not finite, and the step must leave weights, moments and counts as they were.
 FOUND_INF = "found_inf"
+LR_SCALE = "lr_scale"  # a group's key: its rate is so many times the others'
+EMBEDDING_SCALE = 10.0
+# Peak rates where nobody gives one, and the width they were tried at.
+ADAMW_RATE, MUON_RATE, TRIED_AT = 3e-3, 5e-3, 128
 
 
 def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Optimizer]:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with decay on matrices only; optionally Muon for hidden matrices.
 
-    Muon's update is scaled to AdamW's RMS (Moonshot, arXiv:2502.16982), so one learning rate serves both. All of them
-    heed FOUND_INF.
+    Muon's update is scaled to AdamW's RMS (Moonshot, arXiv:2502.16982), so one learning rate serves both; embeddings,
+    of whose rows an update sees few, learn EMBEDDING_SCALE times as fast beside it. All of them heed FOUND_INF.
     """
+    rate = peak_rate(config)
     roles = model.roles()
     learnt = [(roles[name], p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for role, p in learnt if role.orthogonal]
     others = [p for role, p in learnt if role.decays and not role.orthogonal]
     rest = [p for role, p in learnt if not role.decays]
     decay, no_decay = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
-    adamw = partial(
-        torch.optim.AdamW, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused
-    )
+    adamw = partial(torch.optim.AdamW, lr=rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused)
     if not hidden or config.optimizer == "adamw":  # an adapter has no hidden matrix for Muon
         groups = [{"params": hidden + others, **decay}, {"params": rest, **no_decay}]
         return [heeding(adamw([group for group in groups if group["params"]]))]
-    muon = torch.optim.Muon(
-        hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     muon.register_step_pre_hook(whole_over_tensor_ranks)
-    groups = [{"params": others, **decay}] if others else []
-    return [heeding(muon), heeding(adamw([*groups, {"params": rest, **no_decay}]))]
+    looked_up = [p for role, p in learnt if role is Role.EMBEDDING]
+    rest = [p for role, p in learnt if not role.decays and role is not Role.EMBEDDING]
+    groups = [
+        {"params": others, **decay},
+        {"params": looked_up, **no_decay, LR_SCALE: EMBEDDING_SCALE},
+        {"params": rest, **no_decay},
+    ]
+    return [heeding(muon), heeding(adamw([group for group in groups if group["params"]]))]
 
 
 def whole_over_tensor_ranks(optimizer: Optimizer, *_: object) -> None:
@@ -104,6 +112,19 @@ def written(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
+def peak_rate(config: Config) -> float:
+    """config.learning_rate, or where nobody gave one that of optimizer and width; docs/results.md has what it is from.
+
+    A width's share of the update grows with the width under AdamW, and with its root where Muon's matrix of singular
+    values 1 has AdamW's RMS, so that a rate tried at one width is divided by that for another (Yang et al. 2022,
+    arXiv:2203.03466).
+    """
+    if config.learning_rate is not None:
+        return config.learning_rate
+    wider = (config.dim or GPTConfig.dim) / TRIED_AT
+    return ADAMW_RATE / wider if config.optimizer == "adamw" else MUON_RATE / math.sqrt(wider)
+
+
 @contextlib.contextmanager
 def own_settings(optimizers: list[Optimizer]) -> Iterator[None]:
     """Around the loading of a checkpoint: its state comes in, but decay and betas stay what this run's flags say."""
@@ -122,7 +143,7 @@ def learning_rate(step: float, total_steps: int, config: Config) -> float:
 
     Cosine (Loshchilov & Hutter, arXiv:1608.03983) or warm-up - stable - decay (MiniCPM, arXiv:2404.06395).
     """
-    peak = config.learning_rate
+    peak = peak_rate(config)
     low = peak / 10 if config.min_lr is None else config.min_lr
     warmup = min(200, math.ceil(0.02 * total_steps)) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:

@@ -27,8 +27,9 @@ from training.adapting import adapted_weights, adapter_of, flags_of, newly_adapt
 from training.command import run_stage as run_stage  # where tools look for it
 from training.config import SHAPE_FLAGS, ChatConfig, Config, model_folder, rules
 from training.distributed import World
-from training.engines import Machine, Weights, engine_name
+from training.engines import Machine, Weights, engine_name, optimizer_name
 from training.objectives import STAGES
+from training.optimizer import peak_rate
 from training.split import check_micro_batches, check_shape, planned_micro_batches
 from training.stages import DistillConfig
 from training.teacher import Teacher
@@ -68,6 +69,8 @@ def start_machine(config: Config) -> Machine:
     """Meet the other processes, make sure that all were started alike, pick device and precision."""
     world = World.from_environment(config.tp, config.pp)
     device = distributed.pick_device(config.device, world)
+    if device.type == "cpu":
+        distributed.keep_freed_memory()
     alone = engine_name(config, world) == "single"
     check_micro_batches(config, planned_micro_batches(config, world.data_size))
     if not alone:
@@ -122,7 +125,9 @@ def starting_model(asked: C) -> Start[C]:
     if init != "none" and asked.max_seq_len is None:
         row, note = inherited_row(init, shape.max_seq_len, tokenizer)
     filled: dict[str, Any] = {name: getattr(shape, name) for name in SHAPE_FLAGS} | flags_of(adapter)
+    filled["optimizer"] = optimizer_name(asked, World.from_environment(asked.tp, asked.pp))
     config = replace(asked, init_from=init, max_seq_len=row, **filled)
+    config = replace(config, learning_rate=peak_rate(config))
     return Start(model, weights, tokenizer, config, row, note, found)
 
 

@@ -25,6 +25,15 @@ class PretrainConfig(Config):
     stage: ClassVar[str] = "pretrain"
     chats: ClassVar[bool] = False
     data_path: list[str] = flag([f"{SAMPLE}/pretrain.jsonl"], like="data_path")
+    learning_rate: float | None = flag(
+        None, "peak learning rate; by default that of the optimizer and of dim (docs/results.md)", like="learning_rate"
+    )
+    optimizer: Literal["adamw", "muon"] | None = flag(
+        None,
+        "muon: torch.optim.Muon for hidden matrices, AdamW for the rest; by default muon, and adamw under DeepSpeed, "
+        "whose partitions are no matrices, and for an adapter",
+        like="optimizer",
+    )
 
 
 @dataclass(kw_only=True)
@@ -34,7 +43,7 @@ class SFTConfig(ChatConfig):
     stage: ClassVar[str] = "full_sft"
     previous: ClassVar[str | None] = "pretrain"
     data_path: list[str] = flag([f"{SAMPLE}/sft.jsonl"], like="data_path")
-    learning_rate: float = flag(5e-4, like="learning_rate")
+    learning_rate: float | None = flag(5e-4, like="learning_rate")
     epochs: float = flag(2.0, like="epochs")
 
 
@@ -48,7 +57,7 @@ class DPOConfig(ChatConfig):
     batch_size: int = flag(
         4, "rows a process a micro-batch; a row is 2 * max_seq_len wide and holds whole pairs", like="batch_size"
     )
-    learning_rate: float = flag(1e-5, like="learning_rate")
+    learning_rate: float | None = flag(1e-5, like="learning_rate")
     weight_decay: float = flag(0.0, like="weight_decay")
     eval_answers: int = flag(16, like="eval_answers")
     loss_type: Literal[
@@ -192,7 +201,7 @@ class RewardConfig(ChatConfig):
     scores: ClassVar[bool] = True
     data_path: list[str] = flag([f"{SAMPLE}/reward.jsonl"], like="data_path")
     batch_size: int = flag(4, like="batch_size", text=rules(DPOConfig)["batch_size"].help)
-    learning_rate: float = flag(1e-4, like="learning_rate")
+    learning_rate: float | None = flag(1e-4, like="learning_rate")
     weight_decay: float = flag(0.0, like="weight_decay")
     center_weight: float = flag(
         0.01,
@@ -225,7 +234,7 @@ class RolloutConfig(ChatConfig):
         "prompts an update over all processes, kept whatever their number; sets accumulation_steps (0: off)",
         like="global_batch_size",
     )
-    learning_rate: float = flag(1e-5, like="learning_rate")
+    learning_rate: float | None = flag(1e-5, like="learning_rate")
     weight_decay: float = flag(0.0, like="weight_decay")
     compile: bool | None = flag(False, "torch.compile the blocks: every update has shapes of its own", like="compile")
     eval_interval: int = flag(50, like="eval_interval")

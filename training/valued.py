@@ -26,6 +26,7 @@ from training.engines import Machine, Weights, build_engine
 from training.engines.actor_critic import ActorCritic
 from training.groups import Group
 from training.objectives import PPO
+from training.optimizer import peak_rate
 from training.rollout import Judged, Sources, judging_of, rollouts_of
 from training.setup import Data, Start, weights_hash
 from training.stages import PPOConfig
@@ -117,4 +118,5 @@ def actor_critic(start: Start[PPOConfig], critic: StartingCritic, machine: Machi
     config = start.config
     policy = build_engine(start.model, config, machine, start.weights)
     beside = build_engine(critic.model, replace(config, adapter=None), machine, critic.weights)
-    return ActorCritic(policy, beside, (config.critic_learning_rate or config.learning_rate) / config.learning_rate)
+    rate = peak_rate(config)
+    return ActorCritic(policy, beside, (config.critic_learning_rate or rate) / rate)

@@ -22,7 +22,7 @@ RUN = {"progress": {"step": 2}, "note": "kept as it is"}
 @pytest.fixture
 def make_engine(make_model):
     def make(seed: int = 0, **settings) -> SingleEngine:
-        config = PretrainConfig(**settings)
+        config = PretrainConfig(**{"optimizer": "adamw"} | settings)
         return SingleEngine(
             make_model(seed=seed, n_layers=1), config, Machine(World(), torch.device("cpu"), torch.float32)
         )

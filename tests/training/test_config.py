@@ -16,7 +16,7 @@ from training import (
     SFTConfig,
     load_config,
 )
-from training.config import BEST, SHAPE_FLAGS, Rule, rules, save_config, stage_of
+from training.config import BEST, SHAPE_FLAGS, Config, Rule, rules, save_config, stage_of
 
 
 def load(*argv: str, cls=PretrainConfig):
@@ -258,11 +258,18 @@ def test_what_makes_another_run_is_refused_and_what_bends_it_is_noted(cls):
 
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_a_default_of_a_stage_keeps_the_rule_all_stages_have(cls):
-    shared = rules(PretrainConfig)
+    shared = rules(Config)
     changed = {name for name, rule in rules(cls).items() if name in shared and rule != shared[name]}
     prompts = {"batch_size", "global_batch_size", "eval_rows", "sample_interval", "compile"}
-    pairs = {"batch_size"}
-    expected = {DPOConfig: pairs, RewardConfig: pairs, DistillConfig: pairs, GRPOConfig: prompts, PPOConfig: prompts}
+    pairs, open_ = {"batch_size"}, {"optimizer", "learning_rate"}
+    expected = {
+        PretrainConfig: open_,
+        DPOConfig: pairs,
+        RewardConfig: pairs,
+        DistillConfig: pairs,
+        GRPOConfig: prompts,
+        PPOConfig: prompts,
+    }
     assert changed == expected.get(cls, set())
     for name in changed:  # it says more, and bounds the same
         assert replace(rules(cls)[name], help="") == replace(shared[name], help="")

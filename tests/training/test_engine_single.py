@@ -54,7 +54,8 @@ def plain_gradient(model: GPT) -> list[torch.Tensor]:
 def make_engine(make_model):
     def make(dtype=torch.float32, model: GPT | None = None, shape: dict | None = None, **flags) -> SingleEngine:
         model = model or make_model(n_layers=2, **(shape or {}))
-        return SingleEngine(model, PretrainConfig(**flags), Machine(World(), torch.device("cpu"), dtype))
+        config = PretrainConfig(**{"optimizer": "adamw", "learning_rate": 1e-3} | flags)
+        return SingleEngine(model, config, Machine(World(), torch.device("cpu"), dtype))
 
     return make
 

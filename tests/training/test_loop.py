@@ -85,7 +85,8 @@ def make_parts(make_model, tokenizer, tmp_path):
     """make_parts(source, objective, held_out, dtype, **flags) -> what `train` takes, of a tiny model."""
 
     def make(source, objective=None, held_out=None, dtype=torch.float32, **flags) -> tuple:
-        config = PretrainConfig(out_dir=str(tmp_path), dim=32, **({"log_interval": 1, "save_interval": 0} | flags))
+        few = {"log_interval": 1, "save_interval": 0, "optimizer": "adamw", "learning_rate": 1e-3}
+        config = PretrainConfig(out_dir=str(tmp_path), dim=32, **(few | flags))
         model = make_model(n_layers=1, max_seq_len=8)
         engine = SingleEngine(model, config, Machine(World(), torch.device("cpu"), dtype))
         start = Start(model, lambda: [], tokenizer, config, 8)
@@ -554,7 +555,7 @@ def test_a_run_begins_with_a_line_that_says_what_is_trained(make_run, capsys, tm
     folder = tmp_path / "pretrain_32"
     run.loop()
     first = f"pretrain: {size:.3f} M parameters, context 8, on cpu in float32, single on 1 rank; "
-    rows = "of 2 rows (about 7 tokens); "
+    rows = "of 2 rows (about 7 tokens) by adamw at 0.001; "
     assert capsys.readouterr().err.splitlines()[0] == (
         f"{first}steps 1 to 2 {rows}from random weights, seed 42; into {folder}"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training import PretrainConfig
-from training.optimizer import FOUND_INF, build_optimizers, learning_rate, written
+from training.optimizer import FOUND_INF, LR_SCALE, build_optimizers, learning_rate, peak_rate, written
 
 
 def groups(model, optimizer) -> list[tuple[float, set[str]]]:
@@ -29,7 +29,7 @@ def test_matrices_decay_norms_and_embeddings_do_not(make_model, tied, qk_norm):
     model = make_model(tie_embeddings=tied, qk_norm=qk_norm)
     hidden, head, rest = expected_names(model)
     assert len(hidden) == 14 and all("norm" in name or "embed_tokens" in name for name in rest)
-    (adamw,) = build_optimizers(model, PretrainConfig(weight_decay=0.3))
+    (adamw,) = build_optimizers(model, PretrainConfig(optimizer="adamw", weight_decay=0.3))
     assert groups(model, adamw) == [(0.3, hidden | head), (0.0, rest)]
     assert all(g["betas"] == (0.9, 0.95) for g in adamw.param_groups)
 
@@ -39,8 +39,12 @@ def test_muon_takes_the_hidden_matrices_alone(make_model, tied):
     model = make_model(tie_embeddings=tied)
     hidden, head, rest = expected_names(model)
     muon, adamw = build_optimizers(model, PretrainConfig(optimizer="muon", weight_decay=0.3))
+    looked_up = {"model.embed_tokens.weight"}
     assert groups(model, muon) == [(0.3, hidden)]
-    assert groups(model, adamw) == ([] if tied else [(0.3, head)]) + [(0.0, rest)]
+    assert groups(model, adamw) == ([] if tied else [(0.3, head)]) + [(0.0, looked_up), (0.0, rest - looked_up)]
+    for each in (muon, adamw):
+        scales = [10.0 if looked_up <= names else 1.0 for _, names in groups(model, each)]
+        assert [group.get(LR_SCALE, 1.0) for group in each.param_groups] == scales
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -52,7 +56,8 @@ def test_what_is_none_of_ours_is_learnt_by_adamw_without_decay(make_model, optim
     rest |= {"scale", "model.extra.weight", "model.extra.bias"}
     *muon, adamw = build_optimizers(model, PretrainConfig(optimizer=optimizer, weight_decay=0.3))
     assert type(adamw) is torch.optim.AdamW
-    assert groups(model, adamw) == ([] if muon else [(0.3, hidden)]) + [(0.0, rest)]
+    looked_up = {"model.embed_tokens.weight"} if muon else set()  # a group of its own beside Muon
+    assert groups(model, adamw) == [(0.0, looked_up) if muon else (0.3, hidden), (0.0, rest - looked_up)]
     before = model.scale.detach().clone()
     model.scale.sum().backward()
     for each in (*muon, adamw):
@@ -118,6 +123,16 @@ def test_an_update_that_is_not_finite_is_skipped_without_asking(make_model, opti
         found[skips] = everything(optimizers)
     assert len(found[True]) == len(found[False]) > len(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(found[True], found[False], strict=True))
+
+
+def test_a_rate_that_nobody_gave_follows_optimizer_and_width():
+    adamw, muon = (
+        [peak_rate(PretrainConfig(dim=dim, optimizer=optimizer)) for dim in (128, 512, None)]
+        for optimizer in ("adamw", "muon")
+    )
+    assert adamw == pytest.approx([3e-3, 3e-3 / 4, 3e-3 / 4])
+    assert muon == pytest.approx([5e-3, 5e-3 / 2, 5e-3 / 2])
+    assert peak_rate(PretrainConfig(dim=128, learning_rate=1e-4)) == 1e-4
 
 
 def rates(total: int, **settings) -> list[float]:

@@ -63,6 +63,20 @@ def test_a_width_alone_is_enough_and_what_is_given_beside_it_holds():
     assert (found.n_layers, found.n_heads, found.n_kv_heads) == (2, 8, 2)
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, ("muon", 5e-3)),
+        ({"learning_rate": 1e-4}, ("muon", 1e-4)),
+        ({"optimizer": "adamw"}, ("adamw", 3e-3)),
+        ({"engine": "deepspeed"}, ("adamw", 3e-3)),
+    ],
+)
+def test_optimizer_and_rate_that_nobody_gave(asked, expected):
+    config = starting_model(PretrainConfig(dim=128, **asked)).config
+    assert (config.optimizer, config.learning_rate) == expected
+
+
 @pytest.mark.parametrize("sizes", [{"dim": -4}, {"n_heads": -1}, {"dim": 0}, {"n_heads": 0}])
 def test_a_size_below_one_is_named(sizes):
     (name, size) = next(iter(sizes.items()))

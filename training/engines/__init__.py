@@ -14,6 +14,7 @@ themselves (tensor_parallel.py). What is refused stands in training/split.py.
 
 import os
 import warnings
+from typing import Literal
 
 from model import GPT
 from training.config import Config
@@ -22,7 +23,7 @@ from training.engines.contract import Engine, Machine, Totals, Weights
 from training.engines.pytorch import SingleEngine
 from training.split import check_flags, check_shape
 
-__all__ = ["Engine", "Machine", "SingleEngine", "Totals", "Weights", "build_engine", "engine_name"]
+__all__ = ["Engine", "Machine", "SingleEngine", "Totals", "Weights", "build_engine", "engine_name", "optimizer_name"]
 
 
 def engine_name(config: Config, world: World) -> str:
@@ -56,6 +57,12 @@ def engine_name(config: Config, world: World) -> str:
             )
     check_flags(config, name)
     return name
+
+
+def optimizer_name(config: Config, world: World) -> Literal["adamw", "muon"]:
+    """config.optimizer, or what stands for it where nobody gave one: Muon where whole matrices are there for it."""
+    whole = engine_name(config, world) != "deepspeed" and config.adapter is None
+    return config.optimizer or ("muon" if whole else "adamw")
 
 
 def build_engine(model: GPT, config: Config, machine: Machine, weights: Weights | None = None) -> Engine:

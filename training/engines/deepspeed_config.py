@@ -42,7 +42,7 @@ def deepspeed_settings(config: Config, dtype: torch.dtype, world_size: int) -> S
     for section, reason in NOT_THERE.items():
         if section in given:
             raise ValueError(f"{path} has {section!r}, {reason}; remove it there")
-    if config.optimizer != "adamw":
+    if config.optimizer == "muon":
         raise ValueError(
             f"--optimizer {config.optimizer} needs whole matrices, which DeepSpeed's partitions are not; "
             "use --engine ddp or fsdp, or --optimizer adamw"

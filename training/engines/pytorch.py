@@ -35,7 +35,7 @@ from training.engines import torch_files
 from training.engines.contract import B, Machine, T, Totals, Weights
 from training.engines.named_state import NamedState, is_deepspeed, named_state
 from training.objectives import Objective, Output
-from training.optimizer import FOUND_INF, build_optimizers, own_settings
+from training.optimizer import FOUND_INF, LR_SCALE, build_optimizers, own_settings
 from training.transfer import Deferred
 
 # one process that saves alone is what is meant; said once and for all, since background threads save as well
@@ -231,7 +231,7 @@ class PyTorchEngine(Accumulating):
         """Clip, update, clear. Returns the gradient's norm before clipping; a non-finite one skips the update."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group.get(LR_SCALE, 1.0)
             self.scaler.unscale_(optimizer)
         norm = self.clip_gradients()
         # to ask whether it is finite would wait for it: the optimizers look themselves, on the device
