@@ -25,7 +25,7 @@ FOUND_INF = "found_inf"
 LR_SCALE = "lr_scale"  # a group's key: its rate is so many times the others'
 EMBEDDING_SCALE = 10.0
 # Peak rates where nobody gives one, and the width they were tried at.
-ADAMW_RATE, MUON_RATE, TRIED_AT = 3e-3, 5e-3, 128
+ADAMW_RATE, MUON_RATE, TRIED_AT = 1.5e-3, 5e-3, 256
 
 
 def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Optimizer]:
@@ -113,11 +113,11 @@ def written(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def peak_rate(config: Config) -> float:
-    """config.learning_rate, or where nobody gave one that of optimizer and width; docs/results.md has what it is from.
+    """config.learning_rate; where nobody gave one, the optimizer's at the width (docs/benchmarks.md).
 
-    A width's share of the update grows with the width under AdamW, and with its root where Muon's matrix of singular
-    values 1 has AdamW's RMS, so that a rate tried at one width is divided by that for another (Yang et al. 2022,
-    arXiv:2203.03466).
+    By an update of one size an entry, what a matrix makes of its input changes with the width under AdamW, whose
+    entries point one way, and with its root under Muon, whose singular values are alike. So a rate that was tried at
+    one width is divided by that at another (Yang et al. 2022, arXiv:2203.03466).
     """
     if config.learning_rate is not None:
         return config.learning_rate

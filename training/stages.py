@@ -26,12 +26,14 @@ class PretrainConfig(Config):
     chats: ClassVar[bool] = False
     data_path: list[str] = flag([f"{SAMPLE}/pretrain.jsonl"], like="data_path")
     learning_rate: float | None = flag(
-        None, "peak learning rate; by default that of the optimizer and of dim (docs/results.md)", like="learning_rate"
+        None,
+        "peak learning rate; by default that of the optimizer and of dim (docs/benchmarks.md)",
+        like="learning_rate",
     )
     optimizer: Literal["adamw", "muon"] | None = flag(
         None,
-        "muon: torch.optim.Muon for hidden matrices, AdamW for the rest; by default muon, and adamw under DeepSpeed, "
-        "whose partitions are no matrices, and for an adapter",
+        "muon: torch.optim.Muon for hidden matrices, AdamW for the rest, embeddings ten times as fast; by default "
+        "muon, and adamw under DeepSpeed, whose partitions are no matrices, and for an adapter",
         like="optimizer",
     )
 

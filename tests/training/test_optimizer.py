@@ -127,11 +127,11 @@ def test_an_update_that_is_not_finite_is_skipped_without_asking(make_model, opti
 
 def test_a_rate_that_nobody_gave_follows_optimizer_and_width():
     adamw, muon = (
-        [peak_rate(PretrainConfig(dim=dim, optimizer=optimizer)) for dim in (128, 512, None)]
+        [peak_rate(PretrainConfig(dim=dim, optimizer=optimizer)) for dim in (256, 1024, None)]
         for optimizer in ("adamw", "muon")
     )
-    assert adamw == pytest.approx([3e-3, 3e-3 / 4, 3e-3 / 4])
-    assert muon == pytest.approx([5e-3, 5e-3 / 2, 5e-3 / 2])
+    assert adamw == pytest.approx([1.5e-3, 1.5e-3 / 4, 1.5e-3 / 2])
+    assert muon == pytest.approx([5e-3, 5e-3 / 2, 5e-3 / 2**0.5])
     assert peak_rate(PretrainConfig(dim=128, learning_rate=1e-4)) == 1e-4
 
 

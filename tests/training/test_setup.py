@@ -68,12 +68,12 @@ def test_a_width_alone_is_enough_and_what_is_given_beside_it_holds():
     [
         ({}, ("muon", 5e-3)),
         ({"learning_rate": 1e-4}, ("muon", 1e-4)),
-        ({"optimizer": "adamw"}, ("adamw", 3e-3)),
-        ({"engine": "deepspeed"}, ("adamw", 3e-3)),
+        ({"optimizer": "adamw"}, ("adamw", 1.5e-3)),
+        ({"engine": "deepspeed"}, ("adamw", 1.5e-3)),
     ],
 )
 def test_optimizer_and_rate_that_nobody_gave(asked, expected):
-    config = starting_model(PretrainConfig(dim=128, **asked)).config
+    config = starting_model(PretrainConfig(dim=256, **asked)).config
     assert (config.optimizer, config.learning_rate) == expected
 
 
