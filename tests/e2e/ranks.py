@@ -130,7 +130,7 @@ def keeps_its_settings(engine: Any, folder: Path) -> bool:
 
 def try_out(flags: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
-    config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, **flags)
+    config = PretrainConfig(dim=16, accumulation_steps=3, batch_size=2, optimizer="adamw", **flags)
     engine = build_engine(GPT(SHAPE), config, Machine(world, device, torch.float32))
     sent: Counter[Any] = Counter()  # by bucket, or name
 

@@ -235,7 +235,10 @@ def engine_of(problem: Problem, world: World, **flags: Any) -> PyTorchEngine:
         model = GPT(problem.config, problem.adapter)
     flags = {"batch_size": 2, "max_seq_len": WIDTH} | problem.flags | flags
     machine = Machine(world, CPU, problem.dtype)
-    return cast(PyTorchEngine, build_engine(model, PretrainConfig(**flags), machine, partial(weights, problem)))
+    return cast(
+        PyTorchEngine,
+        build_engine(model, PretrainConfig(**{"optimizer": "adamw"} | flags), machine, partial(weights, problem)),
+    )
 
 
 def gradients(model: GPT) -> dict[str, Tensor]:

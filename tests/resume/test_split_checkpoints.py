@@ -223,7 +223,7 @@ def rewrite(base: Path, name: str, change: Callable[[dict[str, Any]], None]) -> 
     run = shutil.copytree(written(base, "single"), written(base, name))
     folder = checkpoint_of(run)
     machine = Machine(World(), torch.device("cpu"), torch.float32)
-    engine = build_engine(load_pretrained(run), PretrainConfig(engine="single"), machine)
+    engine = build_engine(load_pretrained(run), PretrainConfig(engine="single", optimizer="adamw"), machine)
     engine.load(folder / "state")
     found = engine.state()  # type: ignore[attr-defined]
     change(found)

@@ -14,6 +14,7 @@ themselves (tensor_parallel.py). What is refused stands in training/split.py.
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Literal
 
 from model import GPT
@@ -68,6 +69,7 @@ def optimizer_name(config: Config, world: World) -> Literal["adamw", "muon"]:
 def build_engine(model: GPT, config: Config, machine: Machine, weights: Weights | None = None) -> Engine:
     """The engine config.engine names. `weights` fill a model that stands on the meta device."""
     name = engine_name(config, machine.world)
+    config = replace(config, optimizer=optimizer_name(config, machine.world))
     check_shape(config, model.config, machine.world.parts(config.hsdp))
     # imported when asked for: DeepSpeed is an extra, and both take seconds
     if config.pp > 1:
