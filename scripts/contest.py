@@ -2,7 +2,7 @@
 
 python scripts/contest.py ours     --data_path 'data/*.jsonl' --dim 256 --max_steps 4000 --run_name ours_256
 python scripts/contest.py minimind --data_path 'data/*.jsonl' --dim 256 --max_steps 4000 --run_name minimind_256
-python scripts/plot_runs.py out/ours_256 out/minimind_256 --along seconds
+python scripts/plot_runs.py out/ours_256 out/minimind_256 --along seconds --metrics bpb
 
 The flags are those of pretraining, and so is the run's folder. Seconds in its metrics.jsonl are of training alone. Both
 are asked about the same held-out rows of ROW tokens, the shorter of the two recipes' rows. Give each the batch, and

@@ -14,6 +14,7 @@ A thin line is what was logged, a thick one its running mean, a dashed one held-
 import argparse
 import statistics
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # imported where they are used: they take seconds, and neithe
 
 PANELS = {  # metric -> its axis; a panel is there where a run has its metric, of training or of held-out rows
     "loss": "loss (nats)",
+    "bpb": "bits per byte",
     "reward": "reward",
     "reward_margin": "reward margin",
     "pass_at_1": "pass@1",
@@ -57,11 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or their names in --out_dir")
     parser.add_argument("--out_dir", default="out", help="where runs are looked for by name [out]")
     parser.add_argument("--along", choices=("step", "tokens", "seconds"), default="step", help="the x axis [step]")
+    parser.add_argument("--metrics", nargs="+", choices=PANELS, default=list(PANELS), help="panels [all there are]")
     parser.add_argument("--output", type=Path, default=Path("runs.png"), metavar="FILE.png", help="[runs.png]")
     arguments = parser.parse_args(argv)
     try:
         runs = read_runs([model_folder(each, arguments.out_dir) for each in arguments.runs])
-        draw(runs, arguments.output, arguments.along)
+        draw(runs, arguments.output, arguments.along, arguments.metrics)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -144,14 +147,17 @@ def table(title: str, runs: list[Run], rows: dict[str, list[str]]) -> Table:
 # The picture ------------------------------------------------------------------------------------------------------
 
 
-def draw(runs: list[Run], path: Path, along: str = "step") -> None:
-    """One panel a metric, one colour a run. Raises OSError where the picture cannot be written."""
+def draw(runs: list[Run], path: Path, along: str = "step", metrics: Collection[str] = PANELS) -> None:
+    """One panel a metric, one colour a run. Raises ValueError where no run has one of the metrics, and OSError where
+    the picture cannot be written."""
     from matplotlib.figure import Figure  # not pyplot: needs no display and keeps no state
 
     from training.metrics import held_out_name
 
     has = {name for run in runs for record in run.records for name, value in record.items() if value is not None}
-    panels = [name for name in PANELS if has & {name, held_out_name(name)}]
+    panels = [name for name in PANELS if name in metrics and has & {name, held_out_name(name)}]
+    if not panels:
+        raise ValueError(f"no run has logged {' or '.join(metrics)}; give others with --metrics")
     figure = Figure(figsize=(9, 2.6 * len(panels)), dpi=120, layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, name in zip(axes, panels, strict=True):

@@ -47,11 +47,18 @@ def test_the_table_has_last_figures_and_the_flags_that_differ(runs, tmp_path, ca
 
 
 def test_every_run_and_every_panel_is_in_the_picture(runs, tmp_path):
-    both, grpo = tmp_path / "both.png", leave(tmp_path, "grpo", config=GRPOConfig, reward=0.5, pass_at_1=0.25)
+    both, grpo = (
+        tmp_path / "both.png",
+        leave(tmp_path, "grpo", config=GRPOConfig, reward=0.5, pass_at_1=0.25, val_bpb=2.5),
+    )
     draw(read_runs(runs), both)
     draw(read_runs([*runs, grpo]), tmp_path / "three.png")
     image, taller = (matplotlib.image.imread(path) for path in (both, tmp_path / "three.png"))
-    assert taller.shape[0] == image.shape[0] * 5 // 3  # loss, learning rate, speed; reward and pass@1 with them
+    assert taller.shape[0] == image.shape[0] * 2  # loss, learning rate, speed; bits per byte, reward, pass@1 with them
+    draw(read_runs([*runs, grpo]), tmp_path / "one.png", metrics=["bpb"])
+    assert matplotlib.image.imread(tmp_path / "one.png").shape[0] == image.shape[0] // 3
+    with pytest.raises(ValueError, match="no run has logged bpb; give others with --metrics"):
+        draw(read_runs(runs), tmp_path / "none.png", metrics=["bpb"])
     colours = {tuple(colour) for colour in np.round(image[..., :3].reshape(-1, 3) * 255).astype(int).tolist()}
     assert {(31, 119, 180), (255, 127, 14)} <= colours and (44, 160, 44) not in colours
 
