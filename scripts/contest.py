@@ -29,20 +29,9 @@ from training import NextToken, PretrainConfig, build_engine, run_stage, train
 from training.setup import load_data, run_identity, start_machine, starting_model
 
 ROW = 340  # tokens
-RECIPES = {
-    "ours": [],
-    "minimind": [
-        "--optimizer",
-        "adamw",
-        "--learning_rate",
-        "5e-4",
-        "--beta2",
-        "0.999",
-        "--weight_decay",
-        "0.01",
-        "--warmup_steps",
-        "0",
-    ],
+RECIPES = {  # flags of each
+    "ours": "",
+    "minimind": "--optimizer adamw --learning_rate 5e-4 --beta2 0.999 --weight_decay 0.01 --warmup_steps 0",
 }
 
 
@@ -87,5 +76,5 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in RECIPES:
         sys.exit(f"which recipe? {' or '.join(RECIPES)}, then the flags of pretraining; --help tells more behind it")
     recipe = sys.argv.pop(1)
-    sys.argv[1:1] = RECIPES[recipe]
+    sys.argv[1:1] = RECIPES[recipe].split()
     run_stage(partial(main, recipe), PretrainConfig, about=__doc__)
