@@ -39,16 +39,15 @@ def build_optimizers(model: GPT, config: Config, fused: bool = True) -> list[Opt
     learnt = [(roles[name], p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for role, p in learnt if role.orthogonal]
     others = [p for role, p in learnt if role.decays and not role.orthogonal]
-    rest = [p for role, p in learnt if not role.decays]
+    looked_up = [p for role, p in learnt if role is Role.EMBEDDING]
+    rest = [p for role, p in learnt if not role.decays and role is not Role.EMBEDDING]
     decay, no_decay = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
     adamw = partial(torch.optim.AdamW, lr=rate, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused)
     if not hidden or config.optimizer == "adamw":  # an adapter has no hidden matrix for Muon
-        groups = [{"params": hidden + others, **decay}, {"params": rest, **no_decay}]
+        groups = [{"params": hidden + others, **decay}, {"params": looked_up + rest, **no_decay}]
         return [heeding(adamw([group for group in groups if group["params"]]))]
     muon = torch.optim.Muon(hidden, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     muon.register_step_pre_hook(whole_over_tensor_ranks)
-    looked_up = [p for role, p in learnt if role is Role.EMBEDDING]
-    rest = [p for role, p in learnt if not role.decays and role is not Role.EMBEDDING]
     groups = [
         {"params": others, **decay},
         {"params": looked_up, **no_decay, LR_SCALE: EMBEDDING_SCALE},
