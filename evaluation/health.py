@@ -12,10 +12,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from dataset import Message, TextTokenizer, render_chat
+from evaluation.wording import loops
 from model import GPT, generate
-
-LOOP_TIMES = 3  # a block of tokens that comes so often in a row is a loop ...
-LOOP_TOKENS = 12  # ... where it is so long in all: "ha ha ha" is none
 
 
 class Answer(NamedTuple):
@@ -82,17 +80,3 @@ def health(answers: Sequence[Answer]) -> dict[str, float]:
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),
         "answer_tokens": sum(len(each.ids) for each in answers) / len(answers),
     }
-
-
-def loops(ids: Sequence[int]) -> bool:
-    """Whether a block of tokens stands LOOP_TIMES or more times in a row, over at least LOOP_TOKENS tokens.
-
-    loops([5, 9] * 6) -> True: a block of 2 repeats over 12 tokens
-    """
-    for period in range(1, len(ids) // LOOP_TIMES + 1):
-        run = 0  # tokens that equal the one a period before
-        for before, token in zip(ids, ids[period:], strict=False):
-            run = run + 1 if before == token else 0
-            if run + period >= max(LOOP_TIMES * period, LOOP_TOKENS):
-                return True
-    return False

@@ -15,7 +15,6 @@ import math
 import re
 import sys
 import traceback
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from importlib.util import module_from_spec, spec_from_file_location
@@ -29,6 +28,7 @@ from dataset.chat import Message, parse_answer
 from dataset.forms import Value
 from evaluation.numerals import last_number, numbers_in, same
 from evaluation.tools import MalformedCall, calls_in
+from evaluation.wording import folded, loops, overlap, unspaced, words_of
 from evaluation.world import judge
 
 
@@ -266,8 +266,21 @@ def holds(text: str, said: Sequence[Fraction], item: str) -> bool:
     return bool(item) and re.search(rf"(?<![a-z0-9]){re.escape(item)}(?![a-z0-9])", text) is not None
 
 
-def folded(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def overlapping(messages: Sequence[Message], answer: str, row: Value) -> float:
+    """How far the words are those of the row's answer that is nearest: from 0 to 1."""
+    text = content(answer)
+    return max(overlap(text, content(str(each))) for each in expected(row))
+
+
+def whole(messages: Sequence[Message], answer: str, row: Value) -> float:
+    """1 for an answer that ended by itself, says something and nothing again and again, and is written as the row's
+    answer is, or as the question is where there is none: in Han characters, or not."""
+    text = content(answer)
+    asked = next((each.get("content") for each in reversed(messages) if each.get("role") == "user"), None)
+    like = str((row.get("answer") or [asked or ""])[0])
+    words = words_of(text)
+    good = row["finish_reason"] == "stop" and words and not loops(words) and unspaced(text) == unspaced(content(like))
+    return float(bool(good))
 
 
 TAG = re.compile(r"</?(?:think|tool_call|tools)>|<\|\w+\|>")
@@ -317,6 +330,8 @@ FUNCTIONS: dict[str, Callable[[str], RewardFunction]] = {
     "exact_match": no_option("exact_match", exact_match),
     "number": no_option("number", number),
     "contains": no_option("contains", contains),
+    "overlap": no_option("overlap", overlapping),
+    "whole": no_option("whole", whole),
     "format": well_formed,
     "length": length,
     "world": no_option("world", world),

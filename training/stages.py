@@ -246,8 +246,8 @@ class RolloutConfig(ChatConfig):
 
     reward: list[str] = rollout_flag(
         ["world"],
-        "what an answer is worth, one or several: exact_match, number, contains, format, length:N, world, "
-        "reward_model:FOLDER, or file.py:function",
+        "what an answer is worth, one or several: exact_match, number, contains, overlap, whole, format, "
+        "length:N, world, reward_model:FOLDER, or file.py:function",
     )
     reward_weights: list[float] = rollout_flag([], "what each reward counts; by default 1")
     pass_reward: float | None = rollout_flag(

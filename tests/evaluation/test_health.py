@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dataset import load_tokenizer
-from evaluation.health import Answer, answer, health, loops
+from evaluation.health import Answer, answer, health
+from evaluation.wording import loops
 from model import load_pretrained
 from tests.memorised import CONVERSATIONS, make_memorised, user
 

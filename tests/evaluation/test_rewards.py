@@ -38,6 +38,36 @@ def test_exact_match_is_of_the_answer_without_its_reasoning() -> None:
     assert value("exact_match", "42", "length", answer=["42"]) == 0  # it did not end
 
 
+def test_overlap_is_of_words_and_of_neighbours() -> None:
+    assert value("overlap", "The cat SAT.", answer=["the cat sat"]) == 1
+    assert value("overlap", "the cat ran", answer=["a dog", "the cat sat"]) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert value("overlap", "sat cat the", answer=["the cat sat"]) == 0.5  # the words, and none in their order
+    assert value("overlap", "the the the the", answer=["the cat"]) == pytest.approx((2 / 6 + 0) / 2)  # counted once
+    assert value("overlap", "巴黎是首都", answer=["巴黎"]) == pytest.approx((4 / 7 + 2 / 5) / 2)
+    assert value("overlap", "<think>yes</think>No", answer=["yes"]) == 0
+    assert value("overlap", "", answer=["yes"]) == 0
+    assert value("overlap", "42", answer=[42]) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "finish", "row", "reward"),
+    [
+        ("It is 42, a number.", "stop", {}, 1),
+        ("It is 42, a number.", "length", {}, 0),
+        ("... !", "stop", {}, 0),  # says nothing
+        ("no " * 12, "stop", {}, 0),
+        ("这个数字是四十二", "stop", {}, 0),  # the question is English
+        ("这个数字是四十二", "stop", {"answer": ["四十二"]}, 1),  # which wanted a translation
+        ("forty-two", "stop", {"answer": ["四十二"]}, 0),
+        ("猫很可爱，" * 6, "stop", {"answer": ["猫"]}, 0),
+    ],
+)
+def test_whole_is_what_ends_and_says_something_in_the_right_script(
+    answer: str, finish: str, row: dict[str, Any], reward: float
+) -> None:
+    assert value("whole", answer, finish, **row) == reward
+
+
 @pytest.mark.parametrize(
     ("answer", "expected", "reward"),
     [
