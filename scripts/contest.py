@@ -13,9 +13,11 @@ minimind    AdamW at 5e-4 with betas 0.9 and 0.999 and a decay of 0.01 of every 
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -29,10 +31,6 @@ from training import NextToken, PretrainConfig, build_engine, run_stage, train
 from training.setup import load_data, run_identity, start_machine, starting_model
 
 ROW = 340  # tokens
-RECIPES = {  # flags of each
-    "ours": "",
-    "minimind": "--optimizer adamw --learning_rate 5e-4 --beta2 0.999 --weight_decay 0.01 --warmup_steps 0",
-}
 
 
 def a_document_a_row(rows: TextRows) -> None:
@@ -51,7 +49,23 @@ def decay_everything(optimizers: list[Optimizer], decay: float) -> None:
             group["weight_decay"] = decay
 
 
-def main(recipe: str, asked: PretrainConfig) -> None:
+class Recipe(NamedTuple):
+    flags: str = ""
+    rows: Callable[[TextRows], None] | None = None  # what becomes of them
+    decay: Callable[[list[Optimizer], float], None] | None = None  # what becomes of the optimizers
+
+
+RECIPES = {
+    "ours": Recipe(),
+    "minimind": Recipe(
+        "--optimizer adamw --learning_rate 5e-4 --beta2 0.999 --weight_decay 0.01 --warmup_steps 0",
+        a_document_a_row,
+        decay_everything,
+    ),
+}
+
+
+def main(name: str, asked: PretrainConfig) -> None:
     """As train_pretrain.py does it, but for the rows and, in other recipes, what decays."""
     if not asked.max_steps:
         raise ValueError("a pass is not as many rows in one recipe as in another; give --max_steps")
@@ -62,19 +76,20 @@ def main(recipe: str, asked: PretrainConfig) -> None:
         raise ValueError("there is nothing to compare by: no row is held out; give --val_fraction or --val_path")
     held_out = TextRows(data.val.rows.encoded, ROW, start.tokenizer.pad_id)
     data.val = replace(data.val, rows=held_out, total_rows=len(held_out))
-    if recipe != "ours":
-        assert isinstance(data.train.rows, TextRows)
-        a_document_a_row(data.train.rows)
+    assert isinstance(data.train.rows, TextRows)
+    recipe = RECIPES[name]
+    if recipe.rows:
+        recipe.rows(data.train.rows)
     engine = build_engine(start.model, start.config, machine, start.weights)
-    if recipe != "ours":
-        decay_everything(engine.optimizers, start.config.weight_decay)
+    if recipe.decay:
+        recipe.decay(engine.optimizers, start.config.weight_decay)
     objective = NextToken(torch.from_numpy(start.tokenizer.token_bytes))
-    train(engine, objective, data.train, data.val, start, run_identity(start, data) | {"recipe": recipe})
+    train(engine, objective, data.train, data.val, start, run_identity(start, data) | {"recipe": name})
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in RECIPES:
         sys.exit(f"which recipe? {' or '.join(RECIPES)}, then the flags of pretraining; --help tells more behind it")
-    recipe = sys.argv.pop(1)
-    sys.argv[1:1] = RECIPES[recipe].split()
-    run_stage(partial(main, recipe), PretrainConfig, about=__doc__)
+    name = sys.argv.pop(1)
+    sys.argv[1:1] = RECIPES[name].flags.split()
+    run_stage(partial(main, name), PretrainConfig, about=__doc__)

@@ -5,7 +5,6 @@ LOCAL_RANK, MASTER_ADDR and MASTER_PORT; horovodrun has names of its own; withou
 ranks tell each other outside the gradients (sums, any value, a barrier) is here too, and costs one process nothing.
 """
 
-import ctypes
 import importlib.util
 import math
 import os
@@ -30,8 +29,6 @@ from torch.distributed.rendezvous import rendezvous
 from dataset.cores import usable_cores
 
 FIRST_CONTACT = 120.0  # seconds for all ranks to meet; a missing one is an error then, not a silent hang
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 TENSOR = "tp"  # the mesh's dimension of ranks that share matrices
 
@@ -235,15 +232,6 @@ def cpu_threads(world: World) -> int:
     if given.isdecimal() and int(given) and not (given == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         return int(given)
     return max(1, usable_cores() // world.local_size)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next tensor of its size. Left alone it gives all above 32 MB back to the
-    system at once, and much below, and every update waits for thousands of pages to be made zero again: a fifth of a
-    small model's time on a CPU. Another C library is left as it is."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
