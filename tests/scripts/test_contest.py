@@ -39,7 +39,7 @@ def meet(files: Path, recipe: str, monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr(pytorch, "build_optimizers", built)
     flags = ["--data_path", files / "pretrain.jsonl", "--val_fraction", 0.2, "--cache_dir", files / "cache"]
     flags += ["--out_dir", files / "out", "--run_name", recipe, "--dim", 32, *TINY, "--max_seq_len", 512]
-    flags += ["--max_steps", 3, "--eval_interval", 3, "--log_interval", 1, *contest.RECIPES[recipe].split()]
+    flags += ["--max_steps", 3, "--eval_interval", 3, "--log_interval", 1, *contest.RECIPES[recipe].flags.split()]
     contest.main(recipe, load_config(PretrainConfig, [str(flag) for flag in flags]))
     lines = (files / "out" / recipe / "metrics.jsonl").read_text().splitlines()
     return seen | {"records": [json.loads(line) for line in lines]}
