@@ -273,13 +273,13 @@ def overlapping(messages: Sequence[Message], answer: str, row: Value) -> float:
 
 
 def whole(messages: Sequence[Message], answer: str, row: Value) -> float:
-    """1 for an answer that ended by itself, says something and nothing again and again, and is written as the row's
-    answer is, or as the question is where there is none: in Han characters, or not."""
+    """1 for an answer that ended by itself, says something and nothing again and again, and is written as the question
+    or one of the row's answers is: in Han characters, or not."""
     text = content(answer)
     asked = next((each.get("content") for each in reversed(messages) if each.get("role") == "user"), None)
-    like = str((row.get("answer") or [asked or ""])[0])
+    scripts = {unspaced(content(str(each))) for each in [asked or "", *(row.get("answer") or [])]}
     words = words_of(text)
-    good = row["finish_reason"] == "stop" and words and not loops(words) and unspaced(text) == unspaced(content(like))
+    good = row["finish_reason"] == "stop" and words and not loops(words) and unspaced(text) in scripts
     return float(bool(good))
 
 
