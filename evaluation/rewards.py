@@ -225,6 +225,11 @@ def content(answer: str) -> str:
     return (parse_answer(answer)["content"] or "").strip()
 
 
+def asked(messages: Sequence[Message]) -> str:
+    """What the user said last."""
+    return next((each.get("content") for each in reversed(messages) if each.get("role") == "user"), None) or ""
+
+
 def expected(row: Value) -> list[str | int | float]:
     """What the row says that the answer is. Raises ValueError where it says nothing."""
     answers: list[str | int | float] = row.get("answer") or []
@@ -275,11 +280,9 @@ def overlapping(messages: Sequence[Message], answer: str, row: Value) -> float:
 def whole(messages: Sequence[Message], answer: str, row: Value) -> float:
     """1 for an answer that ended by itself, says something and nothing again and again, and is written as the question
     or one of the row's answers is: in Han characters, or not."""
-    text = content(answer)
-    asked = next((each.get("content") for each in reversed(messages) if each.get("role") == "user"), None)
-    scripts = {unspaced(content(str(each))) for each in [asked or "", *(row.get("answer") or [])]}
-    words = words_of(text)
-    good = row["finish_reason"] == "stop" and words and not loops(words) and unspaced(text) in scripts
+    words = words_of(content(answer))
+    scripts = {unspaced(words_of(content(str(each)))) for each in [asked(messages), *(row.get("answer") or [])]}
+    good = row["finish_reason"] == "stop" and words and not loops(words) and unspaced(words) in scripts
     return float(bool(good))
 
 
@@ -322,8 +325,7 @@ def length(option: str) -> RewardFunction:
 def world(messages: Sequence[Message], answer: str, row: Value) -> float:
     """1 for an answer to an open prompt of the sample's valley that is right in all: see evaluation/world.py; and that
     ended by itself."""
-    question = next((each.get("content") for each in reversed(messages) if each.get("role") == "user"), "")
-    return float(all(judge(question or "", answer).values()) and row["finish_reason"] == "stop")
+    return float(all(judge(asked(messages), answer).values()) and row["finish_reason"] == "stop")
 
 
 FUNCTIONS: dict[str, Callable[[str], RewardFunction]] = {

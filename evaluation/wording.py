@@ -55,7 +55,6 @@ def loops(tokens: Sequence[Hashable]) -> bool:
     return False
 
 
-def unspaced(text: str) -> bool:
-    """Whether more of a text's words are Han characters or kana than are not."""
-    words = words_of(text)
+def unspaced(words: Sequence[str]) -> bool:
+    """Whether more of the words are Han characters or kana than are not."""
     return 2 * sum(HAN.match(word) is not None for word in words) > len(words)

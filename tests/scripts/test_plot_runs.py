@@ -47,10 +47,8 @@ def test_the_table_has_last_figures_and_the_flags_that_differ(runs, tmp_path, ca
 
 
 def test_every_run_and_every_panel_is_in_the_picture(runs, tmp_path):
-    both, grpo = (
-        tmp_path / "both.png",
-        leave(tmp_path, "grpo", config=GRPOConfig, reward=0.5, pass_at_1=0.25, val_bpb=2.5),
-    )
+    both = tmp_path / "both.png"
+    grpo = leave(tmp_path, "grpo", config=GRPOConfig, reward=0.5, pass_at_1=0.25, val_bpb=2.5)
     draw(read_runs(runs), both)
     draw(read_runs([*runs, grpo]), tmp_path / "three.png")
     image, taller = (matplotlib.image.imread(path) for path in (both, tmp_path / "three.png"))
