@@ -1,4 +1,5 @@
-"""A process's memory on a CPU, where tensors come and go by the megabyte: what is freed is kept, on large pages."""
+"""A process's memory on a CPU, where tensors come and go by the megabyte: what is freed is kept, on large pages, and
+little else lies between."""
 
 import ctypes
 import mmap
@@ -8,16 +9,30 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 OWN_MAPPING = 1 << 30  # bytes from which on a block is no part of the heap
 HEAP_BLOCK = OWN_MAPPING // 2
+KERNELS = 128  # an update of one shape asks for some 20 of them
 
 
-def keep_freed_memory() -> None:
+def prepare_heap() -> None:
+    """Before a process's first tensor. A C library other than glibc is left as it is."""
+    keep_few_kernels()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        keep_freed_memory(libc)
+        use_large_pages(libc)
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN, which multiplies matrices of 16 bits, forget all but the last kernels it made. It keeps 1,024, one
+    for every shape, strewn over the heap: where batches differ in shape (pairs, rollouts, padded rows), what is freed
+    between them fits nothing new, and memory grows fourfold. A value that the user has set stays."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+
+
+def keep_freed_memory(libc: ctypes.CDLL) -> None:
     """Have glibc keep what is freed for the next tensor of its size. Left alone it gives all above 32 MB back to the
     system at once, and much below, and every update waits for thousands of pages to be made zero again: a fifth of a
-    small model's time on a CPU. Another C library is left as it is."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-        use_large_pages(libc)
+    small model's time on a CPU."""
+    libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def use_large_pages(libc: ctypes.CDLL) -> None:

@@ -28,7 +28,7 @@ from training.command import run_stage as run_stage  # where tools look for it
 from training.config import SHAPE_FLAGS, ChatConfig, Config, model_folder, rules
 from training.distributed import World
 from training.engines import Machine, Weights, engine_name, optimizer_name
-from training.heap import keep_freed_memory
+from training.heap import prepare_heap
 from training.objectives import STAGES
 from training.optimizer import peak_rate
 from training.split import check_micro_batches, check_shape, planned_micro_batches
@@ -71,7 +71,7 @@ def start_machine(config: Config) -> Machine:
     world = World.from_environment(config.tp, config.pp)
     device = distributed.pick_device(config.device, world)
     if device.type == "cpu":
-        keep_freed_memory()
+        prepare_heap()
     alone = engine_name(config, world) == "single"
     check_micro_batches(config, planned_micro_batches(config, world.data_size))
     if not alone:

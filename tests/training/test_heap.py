@@ -1,10 +1,12 @@
-"""The heap of a training process on Linux: on large pages, and not given back."""
+"""The heap of a training process on Linux: on large pages, not given back, and not in pieces."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers import ROOT
 
@@ -13,19 +15,32 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LOOK = """
 import re, torch
 from pathlib import Path
-from training.heap import keep_freed_memory
+from training.heap import prepare_heap
 
 def megabytes(name):  # of all parts of the heap
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)
     heap = [part for part in parts if "[heap]" in part.split("\\n")[0]]
     return sum(int(re.search(name + r":\\s+(\\d+)", part)[1]) for part in heap) >> 10
 
-keep_freed_memory()
+prepare_heap()
 before = megabytes("Rss")
 tensors = [torch.ones(10 << 20) for _ in range(5)]  # 200 MB
 during = megabytes("Rss"), megabytes("AnonHugePages")
 tensors.clear()
 print(before, *during, megabytes("Rss"))
+"""
+
+
+SHAPES = """
+import resource, torch
+from training.heap import prepare_heap
+
+prepare_heap()
+torch.set_num_threads(1)
+weight = torch.ones(256, 512, dtype=torch.bfloat16)
+for rows in range(100, 500):
+    torch.ones(rows, 512, dtype=torch.bfloat16) @ weight.T
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
 
 
@@ -37,3 +52,13 @@ def test_tensors_lie_in_a_heap_of_large_pages_that_is_kept() -> None:
     assert before < 150  # a long heap takes no memory by itself
     assert large >= 190 and during >= before + 190
     assert after >= during - 10
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no oneDNN in bfloat16 on this CPU")
+def test_shapes_that_were_multiplied_once_leave_no_memory_behind() -> None:
+    def megabytes(**environment: str) -> int:
+        environment = dict(os.environ) | environment
+        return int(subprocess.check_output([sys.executable, "-c", SHAPES], cwd=ROOT, env=environment, text=True))
+
+    few, usual = megabytes(), megabytes(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")  # which a user may ask for
+    assert few < usual - 40
