@@ -11,8 +11,9 @@ import torch
 from tests.helpers import ROOT
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
-LOOK = """
+HEAP = """
 import re, torch
 from pathlib import Path
 from training.heap import prepare_heap
@@ -23,6 +24,9 @@ def megabytes(name):  # of all parts of the heap
     return sum(int(re.search(name + r":\\s+(\\d+)", part)[1]) for part in heap) >> 10
 
 prepare_heap()
+"""
+
+TENSORS = """
 before = megabytes("Rss")
 tensors = [torch.ones(10 << 20) for _ in range(5)]  # 200 MB
 during = megabytes("Rss"), megabytes("AnonHugePages")
@@ -30,26 +34,26 @@ tensors.clear()
 print(before, *during, megabytes("Rss"))
 """
 
-
 SHAPES = """
-import torch
-from pathlib import Path
-from training.heap import prepare_heap
-
-prepare_heap()
 torch.set_num_threads(1)
 weight = torch.ones(256, 512, dtype=torch.bfloat16)
 for rows in range(100, 500):
     torch.ones(rows, 512, dtype=torch.bfloat16) @ weight.T
-print(int(Path("/proc/self/statm").read_text().split()[1]) * 4 >> 10)  # what it holds now
+print(megabytes("Rss"))
 """
+
+
+def measured(script: str, **environment: str) -> list[int]:
+    """What a process of its own prints: megabytes of its heap."""
+    usual = {name: value for name, value in os.environ.items() if name != CAPACITY}
+    command = [sys.executable, "-c", HEAP + script]
+    return [int(each) for each in subprocess.check_output(command, cwd=ROOT, env=usual | environment).split()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 @pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="this kernel gives no large pages")
 def test_tensors_lie_in_a_heap_of_large_pages_that_is_kept() -> None:
-    ran = subprocess.run([sys.executable, "-c", LOOK], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, during, large, after = map(int, ran.stdout.split())
+    before, during, large, after = measured(TENSORS)
     assert before < 150  # a long heap takes no memory by itself
     assert large >= 190 and during >= before + 190
     assert after >= during - 10
@@ -58,9 +62,5 @@ def test_tensors_lie_in_a_heap_of_large_pages_that_is_kept() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no oneDNN in bfloat16 on this CPU")
 def test_shapes_that_were_multiplied_once_leave_no_memory_behind() -> None:
-    def megabytes(**environment: str) -> int:
-        environment = dict(os.environ) | environment
-        return int(subprocess.check_output([sys.executable, "-c", SHAPES], cwd=ROOT, env=environment, text=True))
-
-    few, usual = megabytes(), megabytes(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")  # which a user may ask for
+    [few], [usual] = measured(SHAPES), measured(SHAPES, **{CAPACITY: "1024"})  # which a user may ask for
     assert few < usual - 40
