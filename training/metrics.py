@@ -332,7 +332,7 @@ def draw(records: list[Record], path: Path, title: str) -> None:
             label = with_last(name.replace("_", " "), values)
             panels[1].plot(steps, smooth(values), color=color, linewidth=1.8, label=label)
         panels[1].set(ylabel="reward")
-        panels[1].legend(frameon=False)
+        panels[1].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(curves))  # above all curves
     panels[-1].plot(*curve(records, "lr"), color="tab:gray")
     panels[-1].set(xlabel="step", ylabel="learning rate")
     panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
