@@ -205,9 +205,10 @@ def goals_missed(
         goals |= {
             f"after {name} every open answer ends by itself": min(of(stage, "ended")) == 1,
             f"after {name} no open answer loops": min(of(stage, "no_loops")) == 1,
-            # 64 answers are drawn at each temperature, and a draw of the same model differs by some points
-            f"facts right after {name} as often as before (4 points for luck)": all(
-                b >= a - 0.04 for a, b in zip(of("full_sft", "facts"), of(stage, "facts"), strict=True)
+            # of 64 answers; those that are drawn differ by some points from one draw of a model to the next
+            f"facts right after {name} as often as before (2 points; 4 for the luck of drawn ones)": all(
+                b >= a - (0.04 if t else 0.02)
+                for t, a, b in zip(TEMPERATURES, of("full_sft", "facts"), of(stage, "facts"), strict=True)
             ),
         }
     return [goal for goal, reached in goals.items() if not reached]
